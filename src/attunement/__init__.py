@@ -1,0 +1,61 @@
+"""Attunement: adapt any PyTorch model, every technique written once, as one expression."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from attunement.adapter import Adapter, adapt, adapters, detach, use, using
+from attunement.anatomy import anatomy
+from attunement.compose import Average, Rows, Stack, Sum, Weighted
+from attunement.errors import AttunementError
+from attunement.method import Method, OutputMethod, ParameterMethod, WeightMethod, method, methods, register
+from attunement.methods import *  # noqa: F403
+from attunement.methods import __all__ as _methods
+from attunement.storage import load, to_lora
+
+if TYPE_CHECKING:
+    from attunement.train.trainer import Callback, Trainer
+
+__version__ = "0.1.0"
+
+__all__ = [  # noqa: PLE0604
+    "Adapter",
+    "AttunementError",
+    "Average",
+    "Callback",
+    "Method",
+    "OutputMethod",
+    "ParameterMethod",
+    "Rows",
+    "Stack",
+    "Sum",
+    "Trainer",
+    "Weighted",
+    "WeightMethod",
+    "adapt",
+    "adapters",
+    "anatomy",
+    "detach",
+    "load",
+    "method",
+    "methods",
+    "recipes",
+    "register",
+    "to_lora",
+    "use",
+    "using",
+    *_methods,
+]
+
+
+def __getattr__(name: str) -> Any:
+    # the trainer brings transformers along, which takes longer to import than all the rest
+    if name in ("Trainer", "Callback"):
+        from attunement.train import trainer
+
+        return getattr(trainer, name)
+    if name == "recipes":
+        import importlib
+
+        return importlib.import_module("attunement.recipes")
+    raise AttributeError(f"module 'attunement' has no attribute {name!r}")

@@ -1,0 +1,851 @@
+"""What the modules of a model are: repeated blocks, and the role of every matrix, from structure first and names second.
+
+>>> print(anatomy(model))                     # a tree of blocks, roles, types, shapes and parameters
+>>> anatomy(model).blocks[0].members          # the places inside the first block
+
+Roles:
+
+=============================== =======================================================================================
+`embedding`                     token embeddings; `embedding.position`, `embedding.type`, `embedding.relative` the others
+`block`                         one item of a stack of repeated blocks
+`attention`                     one attention as a whole; `.query .key .value .qkv .kv .output` its matrices
+`cross_attention`               the same for an attention over another sequence; the word `attention` selects both
+`mlp`                           one feed-forward part as a whole; `.up .gate .gate_up .down` its matrices
+`experts`, `router`             a bank of 3-D expert matrices (`experts.up .gate .gate_up .down`) and what chooses among them
+`norm`, `conv`, `pooler`        by themselves
+`head`                          the matrices after the backbone
+=============================== =======================================================================================
+
+What a model feeds where is not run but read off: lists of like modules are stacks of blocks; inside a block the width is
+what its query takes in; a feed-forward part is a matrix that leaves the width and one that comes back to it.
+Limits: a model whose roles cannot be found still has its names and module types.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.tree import Tree
+
+CONTAINER = "attuned"
+"""The child under which adapters live in the modules that they adapt: no part of the model's own anatomy."""
+
+
+class RowView(NamedTuple):
+    """Rows of a matrix that play one role: the rows seen as (groups, rows/groups), of which start:start+size in every group.
+
+    Contiguous thirds of a fused qkv: RowView(1, 0, d); GPT-NeoX, interleaved per head: RowView(heads, 0, head_dim);
+    gate and up interleaved row by row: RowView(I, 0, 1).
+    """
+
+    groups: int
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Place:
+    """A place in a model; two places are equal only when they are the same object.
+
+    name: dotted module path as in `named_modules`, "" for the model itself; for a sublayer the path of `module`.
+    module: the module there. For a sublayer (role `attention`, `cross_attention`, `mlp`) the one whose output is the
+        sublayer's output before the residual is added.
+    role: what it does, "" if unknown.
+    block: index within its stack of repeated blocks, None outside of one.
+    stack: "" for a model with one stack, else "encoder", "decoder", "text", "vision", "audio" or the name of the part.
+    parameter: None for the module's own `weight` or the module as a whole, else the name of the parameter that is meant.
+    view: the rows of one role inside a fused matrix.
+    transposed: the parameter is stored (..., in, out).
+    entry: for a sublayer, the module whose first input is the sublayer's input; None where `module` takes it itself.
+    members: for sublayers and blocks, the places inside.
+    """
+
+    name: str
+    module: nn.Module
+    role: str = ""
+    block: int | None = None
+    stack: str = ""
+    parameter: str | None = None
+    view: RowView | None = None
+    transposed: bool = False
+    entry: nn.Module | None = None
+    members: tuple[Place, ...] = ()
+
+    def __repr__(self) -> str:
+        rows = f", rows={tuple(self.view)}" if self.view else ""
+        path = f"{self.name}.{self.parameter}" if self.parameter else self.name
+        return f"Place({path!r}, role={self.role!r}, block={self.block}{rows})"
+
+
+class Anatomy:
+    """The places of one model, in the order of `named_modules`.
+
+    model: the model itself.
+    places: one place for each module (role "" if unknown), followed where there are any by the places inside its
+        parameters (row views of a fused matrix, projections of an `nn.MultiheadAttention`, expert matrices), by the
+        block it is and by the sublayers that end in it.
+    modules: only those that stand for a module, by name.
+    blocks: only the blocks.
+    stacks: how many blocks each stack has, by name; {"": 12} for a model with one.
+    task_heads: modules with parameters after the backbone, when the model ends in a classification, regression or
+        question-answering head: empty for language models and for bare backbones. Norms inside a head are included.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        root = _grow(model, "", None, "", {model})
+        stacks = _find_stacks(root)
+        self.stacks: dict[str, int] = {name: len(items) for name, (_, items) in stacks.items()}
+        sublayers = _find_roles(root, stacks)
+        heads = _find_heads(root, stacks)
+        self.places: tuple[Place, ...]
+        self.modules: dict[str, Place]
+        self.places, self.modules = _collect(root, sublayers)
+        self.task_heads: tuple[Place, ...] = tuple(
+            self.modules[node.name] for head in heads for node in head.walk() if _own_parameters(node.module)
+        )
+
+    @cached_property
+    def blocks(self) -> tuple[Place, ...]:
+        return tuple(place for place in self.places if place.role == "block")
+
+    def tree(self, chosen: Mapping[str, str] | None = None, width: int = 80) -> Tree:
+        """The model as a `rich` tree, `width` columns wide, consecutive blocks that are alike folded into one.
+
+        chosen: module path -> short text to show beside it; blocks with different texts are not folded.
+        """
+        return _draw(self, chosen or {}, width)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.tree(width=options.max_width)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=80, color_system=None, legacy_windows=False)
+        with console.capture() as capture:
+            console.print(self.tree(width=80))
+        return capture.get().rstrip("\n")
+
+    def __repr__(self) -> str:
+        stacks = ", ".join(f"{count} {name} blocks".replace("  ", " ") for name, count in self.stacks.items())
+        return f"<Anatomy of {type(self.model).__name__}: {len(self.modules)} modules{stacks and ', ' + stacks}>"
+
+
+def anatomy(model: nn.Module) -> Anatomy:
+    """The blocks, roles and places of any model. Nothing is run and nothing is changed."""
+    return Anatomy(model)
+
+
+# Reading the modules
+
+
+class _Node:
+    """A module on its way to become a place."""
+
+    __slots__ = ("block", "children", "inputs", "kind", "leaf", "matrices", "module", "name", "outputs", "parent", "parts",
+                 "role", "stack")  # fmt: skip
+
+    def __init__(self, module: nn.Module, name: str, parent: _Node | None, leaf: str) -> None:
+        self.module, self.name, self.parent, self.leaf = module, name, parent, leaf
+        self.children: list[_Node] = []
+        self.kind, self.inputs, self.outputs = _kind(module)
+        self.role = self.kind if self.kind in ("norm", "conv") else ""
+        self.matrices = _MATRICES.get(self.kind, 0)  # in the whole subtree
+        self.block: int | None = None
+        self.stack = ""
+        self.parts: list[dict[str, Any]] = []  # of places inside its parameters
+
+    def walk(self) -> Iterator[_Node]:
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+
+_MATRICES = {"linear": 1, "conv": 1, "mha": 2, "experts": 2}
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm)
+_EXPERT = re.compile(r"^(gate_up|gate|up|down)(_proj)?$")
+
+
+def _grow(module: nn.Module, name: str, parent: _Node | None, leaf: str, seen: set[nn.Module]) -> _Node:
+    node = _Node(module, name, parent, leaf)
+    for key, child in module._modules.items():
+        if child is not None and child not in seen and key != CONTAINER:
+            seen.add(child)
+            grown = _grow(child, f"{name}.{key}" if name else key, node, key, seen)
+            node.children.append(grown)
+            node.matrices += grown.matrices
+    if node.kind == "mha":
+        node.matrices = _MATRICES["mha"]
+    return node
+
+
+def _kind(module: nn.Module) -> tuple[str, int, int]:
+    """(kind, inputs, outputs) by class where the class is torch's own, else by the parameters that it holds."""
+    if isinstance(module, nn.Linear):
+        return "linear", module.in_features, module.out_features
+    parameters = module._parameters
+    if not parameters:
+        packed = isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
+        if packed:  # quantised: the weight is kept as buffers
+            return "linear", module.in_features, module.out_features  # type: ignore[return-value]
+        return ("conv", 0, 0) if isinstance(module, nn.modules.conv._ConvNd) else ("", 0, 0)
+    weight = parameters.get("weight")
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "conv", module.in_channels, module.out_channels
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return "embedding", module.num_embeddings, module.embedding_dim
+    if isinstance(module, nn.MultiheadAttention):
+        return "mha", module.embed_dim, module.embed_dim
+    if isinstance(module, _NORMS):
+        return ("norm" if weight is not None else ""), 0, 0
+    if weight is None:
+        banks = [value for key, value in parameters.items() if value is not None and _EXPERT.match(key) and value.dim() == 3]
+        return ("experts", banks[0].shape[0], 0) if banks else ("", 0, 0)
+    if weight.dim() == 1 and weight.numel() > 1 and not isinstance(module, nn.PReLU):
+        return "norm", 0, 0
+    if weight.dim() == 2:
+        outputs, inputs = weight.shape
+        if type(module).__name__ == "Conv1D":
+            return "linear", outputs, inputs
+        return "linear", inputs, outputs
+    return "", 0, 0
+
+
+def _own_parameters(module: nn.Module) -> bool:
+    return any(parameter is not None for parameter in module._parameters.values())
+
+
+# Stacks of repeated blocks
+
+
+def _is_stack(node: _Node) -> bool:
+    """A list of modules of two or more matrices each: of any class in a ModuleList, of one class in a Sequential."""
+    return (
+        isinstance(node.module, (nn.ModuleList, nn.Sequential))
+        and bool(node.children)
+        and all(child.matrices >= 2 and child.children for child in node.children)
+        and (isinstance(node.module, nn.ModuleList) or _alike(node.children))
+    )
+
+
+def _alike(nodes: list[_Node]) -> bool:
+    return len({type(node.module).__name__ for node in nodes}) == 1
+
+
+def _unfold(items: list[_Node]) -> list[_Node]:
+    """Stages that hold little besides a list of blocks are opened: blocks count through all of them."""
+    inner = [[child for child in item.children if _is_stack(child) and _alike(child.children)] for item in items]
+    staged = all(
+        len(lists) == 1 and item.matrices - lists[0].matrices <= 2 for item, lists in zip(items, inner, strict=True)
+    )
+    return [block for lists in inner for block in _unfold(lists[0].children)] if staged else items
+
+
+def _find_stacks(root: _Node) -> dict[str, tuple[str, list[_Node]]]:
+    """{stack: (path of the part of the model that it is in, its blocks)}; every block's nodes know their index."""
+    found: dict[tuple[str, ...], list[_Node]] = {}
+
+    def search(node: _Node) -> None:
+        if _is_stack(node):
+            path = node.name.rstrip("0123456789")  # layer1, layer2, layer3 are one stack
+            found.setdefault(tuple(path.split(".")), []).extend(_unfold(node.children))
+        else:
+            for child in node.children:
+                if child.matrices > 1:
+                    search(child)
+
+    search(root)
+    named = _name_stacks(list(found)) if len(found) > 1 else {path: ("", "") for path in found}
+    stacks = {}
+    for path, items in found.items():
+        stack, prefix = named[path]
+        stacks[stack] = (prefix, items)
+        for index, item in enumerate(items):
+            for node in item.walk():
+                node.block, node.stack = index, stack
+    if len(stacks) > 1:
+        prefixes = sorted(((prefix, stack) for stack, (prefix, _) in stacks.items()), key=lambda pair: len(pair[0]))
+        for node in root.walk():
+            for prefix, stack in prefixes:
+                if node.name == prefix or node.name.startswith(prefix + "."):
+                    node.stack = stack
+    return stacks
+
+
+_PARTS = {
+    "text": ("text", "language"),
+    "vision": ("vision", "visual", "image", "pixel"),
+    "audio": ("audio", "speech"),
+    "encoder": ("encoder",),
+    "decoder": ("decoder",),
+}
+
+
+def _name_stacks(paths: list[tuple[str, ...]], depth: int = 0) -> dict[tuple[str, ...], tuple[str, str]]:
+    """{path: (name, prefix)}: each stack is called by the first step of its path that tells it from the others."""
+    while len({path[depth] for path in paths}) == 1:
+        depth += 1
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for path in paths:
+        groups.setdefault(path[depth], []).append(path)
+    words = [next((word for word, hints in _PARTS.items() if any(h in step.lower() for h in hints)), step) for step in groups]
+    named = {}
+    for (step, group), word in zip(groups.items(), words, strict=True):
+        word = word if words.count(word) == 1 else step
+        if len(group) == 1:
+            named[group[0]] = (word, ".".join(group[0][: depth + 1]))
+        else:
+            inner = _name_stacks(group, depth + 1)
+            named |= {path: (f"{word}_{name}", prefix) for path, (name, prefix) in inner.items()}
+    return named
+
+
+# Roles
+
+
+class _Sublayer(NamedTuple):
+    role: str
+    exit: _Node
+    entry: _Node | None
+    members: list[_Node]
+
+
+_FILLER = {"proj", "projection", "lin", "linear", "layer", "dense", "to", "attn", "weight", "fc"}
+_ATTENTION = {
+    "q": "query", "query": "query", "queries": "query", "wq": "query", "q_b": "query",
+    "k": "key", "key": "key", "keys": "key", "wk": "key",
+    "v": "value", "value": "value", "values": "value", "wv": "value",
+    "qkv": "qkv", "wqkv": "qkv", "query_key_value": "qkv", "c_attn": "qkv",
+    "kv": "kv", "key_value": "kv", "wkv": "kv", "kv_b": "kv",
+    "q_a": "query_down", "kv_a_with_mqa": "kv_down",
+}  # fmt: skip
+_OUTPUT = {"o", "out", "output", "wo", "o_proj", "out_proj", "proj", "dense", "c_proj"}
+_GATE = re.compile(r"gate|^w1$|^wi_0$|_g$")
+_DOWN = re.compile(r"down|^w2$|^wo$|^fc2$|out|^c_proj$|lin2|linear2|_2$|4h_to_h")
+_CROSS = re.compile(r"cross|enc_?dec|encoder_?att|multihead_attn|attn2", re.IGNORECASE)
+_FEED_FORWARD = re.compile(r"mlp|ffn|ff$|feed_?forward|dense", re.IGNORECASE)
+_POSITION = re.compile(r"pos|wpe", re.IGNORECASE)
+_TYPE = re.compile(r"type|segment", re.IGNORECASE)
+
+
+def _core(leaf: str) -> str:
+    """`q_proj`, `to_q`, `q_lin` -> `q`."""
+    if leaf == "c_attn":
+        return leaf
+    return "_".join(word for word in leaf.lower().split("_") if word not in _FILLER)
+
+
+def _owner(node: _Node) -> tuple[_Node, str]:
+    """The module that a matrix belongs to and its name there, through lists such as diffusers' `to_out.0`."""
+    parent, leaf = node.parent, node.leaf
+    while parent is not None and leaf.isdigit() and parent.parent is not None:
+        parent, leaf = parent.parent, parent.leaf
+    return parent or node, leaf
+
+
+def _find_roles(root: _Node, stacks: Mapping[str, tuple[str, list[_Node]]]) -> dict[_Node, list[_Sublayer]]:
+    """Sets the role of every node; returns the sublayers of each block, and those outside of blocks under the root."""
+    blocks = [item for _, items in stacks.values() for item in items]
+    sublayers = {block: _block_roles(block, list(block.walk()), whole=True) for block in blocks}
+    for block in blocks:
+        for node in block.walk():
+            if node.kind == "embedding":
+                node.role = "embedding.relative"
+    outside = [node for node in root.walk() if node.block is None]
+    sublayers[root] = _block_roles(root, outside, whole=not blocks)
+    for node in outside:
+        if node.kind == "embedding" and not node.role:
+            leaf = f"{node.leaf}" if node.leaf else node.name
+            kind = ".position" if _POSITION.search(leaf) else ".type" if _TYPE.search(leaf) else ""
+            node.role = f"embedding{kind}"
+        elif node.leaf == "pooler":
+            for inner in node.walk():
+                inner.role = inner.role or ("pooler" if inner.kind == "linear" else "")
+    return sublayers
+
+
+def _block_roles(block: _Node, nodes: list[_Node], whole: bool) -> list[_Sublayer]:
+    """The roles inside one block; outside of blocks (`whole` false) a feed-forward part must be called so."""
+    linear = [node for node in nodes if node.kind == "linear"]
+    owners: dict[_Node, list[_Node]] = {}
+    for node in linear:
+        owners.setdefault(_owner(node)[0], []).append(node)
+    sublayers = [_multihead(node) for node in nodes if node.kind == "mha"]
+    sparse = _experts(nodes, owners)
+    sublayers += sparse
+    for owner in list(owners):
+        found = _attention(block, owner, owners[owner], linear)
+        if found:
+            sublayers.append(found)
+    whole = whole and bool(sublayers or block.block is not None)
+    inside = tuple(f"{sublayer.exit.name}." for sublayer in sparse)  # a shared expert is no sublayer of its own
+    sublayers += [found for found in _feed_forward(owners, whole) if not found.exit.name.startswith(inside)]
+    return sublayers
+
+
+def _attention_role(node: _Node) -> str:
+    """Which attention it is, by the last steps of the path inside its block."""
+    steps = node.name.split(".")[-3:]
+    return "cross_attention" if any(_CROSS.search(step) for step in steps) else "attention"
+
+
+def _multihead(node: _Node) -> _Sublayer:
+    role, module = _attention_role(node), node.module
+    assert isinstance(module, nn.MultiheadAttention)
+    width = module.embed_dim
+    if module.in_proj_weight is not None:
+        node.parts.append({"role": f"{role}.qkv", "parameter": "in_proj_weight"})
+        for index, word in enumerate(("query", "key", "value")):
+            view = RowView(1, index * width, width)
+            node.parts.append({"role": f"{role}.{word}", "parameter": "in_proj_weight", "view": view})
+    else:
+        for word in ("query", "key", "value"):
+            node.parts.append({"role": f"{role}.{word}", "parameter": f"{word[0]}_proj_weight"})
+    for child in node.children:
+        if child.leaf == "out_proj":
+            child.role = f"{role}.output"
+    return _Sublayer(role, node, None, [node, *node.children])
+
+
+def _attention(block: _Node, owner: _Node, own: list[_Node], linear: list[_Node]) -> _Sublayer | None:
+    words = {node: _ATTENTION.get(_core(_owner(node)[1]), "") for node in own}
+    found = set(words.values())
+    called = re.search("att(n|ention)", f"{owner.leaf} {type(owner.module).__name__}", re.IGNORECASE)
+    if not ("query" in found and found & {"key", "value", "kv", "qkv"}) and "qkv" not in found:
+        unknown = [node for node in own if node.outputs == 3 * node.inputs]
+        if not (called and len(unknown) == 1):
+            return None
+        words[unknown[0]] = "qkv"
+    elif "query" in found and "qkv" in found:  # GPT-2's cross-attention: q_attn and c_attn
+        words = {node: "kv" if word == "qkv" else word for node, word in words.items()}
+    projections = [node for node in own if words[node] and not node.role]
+    first = next((node for node in projections if words[node] in ("query_down", "query", "qkv")), None)
+    if first is None:
+        return None
+    role = _attention_role(owner)
+    for node in projections:
+        node.role = f"{role}.{words[node]}"
+    scope, output = owner, _attention_output(owner, first.inputs, linear)
+    while output is None and scope is not block and scope.parent is not None and scope.parent is not block:
+        scope = scope.parent
+        output = _attention_output(scope, first.inputs, linear)
+    members = [*projections]
+    if output is not None:
+        output.role = f"{role}.output"
+        members.append(output)
+    for node in projections:
+        _fused(node, owner, role, words[node], output)
+    return _Sublayer(role, output or owner, first if output is not None else None, members)
+
+
+def _attention_output(scope: _Node, width: int, linear: list[_Node]) -> _Node | None:
+    inside = f"{scope.name}." if scope.name else ""
+    free = [node for node in linear if not node.role and node.outputs == width and node.name.startswith(inside)]
+    called = [node for node in free if (leaf := _owner(node)[1].lower()) in _OUTPUT or _core(leaf) in _OUTPUT]
+    near = [node for node in called if _owner(node)[0] is scope]
+    return (near or called or [None])[0]  # type: ignore[list-item]
+
+
+def _number(module: nn.Module, *names: str) -> int | None:
+    """A size that an attention keeps as an attribute, of itself or of its config."""
+    for holder in (module, getattr(module, "config", None)):
+        for name in names:
+            if isinstance(value := getattr(holder, name, None), int):
+                return value
+    return None
+
+
+def _fused(node: _Node, owner: _Node, role: str, word: str, output: _Node | None) -> None:
+    """The rows of query, key and value in a fused matrix, where the layout is known; else none."""
+    if word == "kv" and _core(_owner(node)[1]) != "kv_b" and node.outputs % 2 == 0:
+        sizes = [("key", node.outputs // 2), ("value", node.outputs // 2)]
+    elif word == "qkv" and output is not None and (node.outputs - output.inputs) % 2 == 0:
+        shared = (node.outputs - output.inputs) // 2
+        sizes = [("query", output.inputs), ("key", shared), ("value", shared)]
+    else:
+        return
+    leaf = _core(_owner(node)[1])
+    groups = 1
+    if leaf == "query_key_value" or getattr(owner.module, "multi_query", None) is False:  # (groups, q + k + v, head)
+        size = _number(owner.module, "head_dim", "head_size", "attention_head_size")
+        if size is None or sizes[-1][1] % size:
+            return
+        groups = sizes[-1][1] // size
+    elif leaf not in _ATTENTION or (
+        node.leaf == "qkv_proj" and sizes[0] == ("query", sizes[-1][1]) and not hasattr(owner.module, "num_key_value_groups")
+    ):  # `qkv_proj` is cut per head in some models and in thirds in others
+        return
+    start = 0
+    for part, rows in sizes:
+        node.parts.append({"role": f"{role}.{part}", "view": RowView(groups, start, rows // groups)})
+        start += rows // groups
+
+
+def _experts(nodes: list[_Node], owners: dict[_Node, list[_Node]]) -> list[_Sublayer]:
+    sublayers = []
+    for bank in nodes:
+        listed = bank.leaf == "experts" and isinstance(bank.module, nn.ModuleList) and bank.children
+        if bank.kind != "experts" and not listed:
+            continue
+        bank.role = "experts"
+        count = len(bank.children) if listed else bank.inputs
+        members = [bank]
+        if listed:
+            for expert in bank.children:
+                inner = [node for node in expert.walk() if node.kind == "linear"]
+                for node, word in _feed_forward_words(inner).items():
+                    node.role = f"experts.{word}"
+                    owners[_owner(node)[0]] = []
+                members += inner
+        else:
+            _bank(bank)
+        sparse = bank.parent or bank
+        for node in sparse.walk():
+            if node.kind == "linear" and not node.role and node.outputs == count:
+                node.role = "router"
+                members.append(node)
+        sublayers.append(_Sublayer("mlp", sparse, None, members))
+    return sublayers
+
+
+def _bank(node: _Node) -> None:
+    """The matrices of a bank of experts: gate and up one after the other, or row by row, stored straight or transposed."""
+    module = node.module
+    banks = {key: value for key, value in module._parameters.items() if value is not None and value.dim() == 3}
+    down = next((value for key, value in banks.items() if key.startswith("down")), None)
+    transposed = getattr(module, "is_transposed", None)
+    for key, value in banks.items():
+        if not (match := _EXPERT.match(key)):
+            continue
+        word, (_, rows, columns) = match[1], value.shape
+        if transposed is None and down is not None and word != "down":
+            fold = 2 if word == "gate_up" else 1
+            transposed = (rows, columns) != (fold * down.shape[2], down.shape[1])
+        part = {"role": f"experts.{word}", "parameter": key, "transposed": bool(transposed)}
+        node.parts.append(part)
+        if word == "gate_up":
+            half = (columns if transposed else rows) // 2
+            side_by_side = getattr(module, "is_concatenated", True)
+            gate, up = (RowView(1, 0, half), RowView(1, half, half)) if side_by_side else (RowView(half, 0, 1), RowView(half, 1, 1))
+            node.parts.append(part | {"role": "experts.gate", "view": gate})
+            node.parts.append(part | {"role": "experts.up", "view": up})
+
+
+def _feed_forward_words(own: list[_Node]) -> dict[_Node, str]:
+    """{matrix: up, gate, gate_up or down} when these are all the matrices of one feed-forward part, else {}."""
+    if len(own) not in (2, 3):
+        return {}
+    down = next((node for node in own if _DOWN.search(_owner(node)[1].lower())), own[-1])
+    if not (down.outputs == own[0].inputs or down is not own[-1]):
+        return {}
+    rest = [node for node in own if node is not down]
+    if down.outputs != rest[0].inputs or any(node.inputs != rest[0].inputs for node in rest):
+        return {}
+    if len(rest) == 1:
+        fold = rest[0].outputs / down.inputs
+        return {rest[0]: "up" if fold == 1 else "gate_up", down: "down"} if fold in (1, 2) else {}
+    if any(node.outputs != down.inputs for node in rest):
+        return {}
+    gate = next((node for node in rest if _GATE.search(_owner(node)[1].lower())), rest[0])
+    return {node: "gate" if node is gate else "up" for node in rest} | {down: "down"}
+
+
+def _feed_forward(owners: Mapping[_Node, list[_Node]], whole: bool) -> list[_Sublayer]:
+    sublayers, left = [], []
+    for owner, own in owners.items():
+        free = [node for node in own if not node.role]
+        if not whole and not _FEED_FORWARD.search(owner.leaf):
+            continue
+        if words := _feed_forward_words(free):
+            sublayers.append(_feed_forward_roles(words))
+        else:
+            left += free
+    if whole and len(left) <= 3 and (words := _feed_forward_words(left)):  # BERT: intermediate.dense and output.dense
+        sublayers.append(_feed_forward_roles(words))
+    return sublayers
+
+
+def _feed_forward_roles(words: Mapping[_Node, str]) -> _Sublayer:
+    for node, word in words.items():
+        node.role = f"mlp.{word}"
+        if word == "gate_up" and ("gate_up" in node.leaf or node.leaf == "Wi"):
+            half = node.outputs // 2
+            node.parts.append({"role": "mlp.gate", "view": RowView(1, 0, half)})
+            node.parts.append({"role": "mlp.up", "view": RowView(1, half, half)})
+    nodes = list(words)
+    return _Sublayer("mlp", nodes[-1], nodes[0], nodes)
+
+
+# Heads
+
+_HEAD = {"head", "classifier", "fc", "linear", "score", "lm_head", "classification_head", "output", "out", "logits", "qa_outputs"}
+
+
+def _find_heads(root: _Node, stacks: Mapping[str, tuple[str, list[_Node]]]) -> list[_Node]:
+    """Gives the matrices after the backbone their role; returns the parts that make up a head other than a language model's."""
+    model = root.module
+    if getattr(model, "base_model", None) is model and "For" not in type(model).__name__:
+        return []  # a bare backbone of transformers: what follows its blocks belongs to it
+    behind: set[_Node] = set()
+    for _, items in stacks.values():
+        for item in items:
+            node: _Node | None = item
+            while node is not None and node not in behind:
+                behind.add(node)
+                node = node.parent
+    top = root
+    while len(top.children) == 1 and not _is_list(top.children[0]):
+        top = top.children[0]
+    last = max((index for index, child in enumerate(top.children) if child in behind), default=None)
+    if last is None:  # no blocks: only what is called a head is one
+        ends = [child for child in top.children if child.kind == "linear" and child.leaf in _HEAD][-1:]
+    else:
+        ends = [
+            child for index, child in enumerate(top.children)
+            if child.matrices and child not in behind and (index > last or child.leaf in _HEAD)
+        ]  # fmt: skip
+    matrices = [node for end in ends for node in end.walk() if node.kind == "linear"]
+    for node in matrices:
+        node.role = node.role or "head"
+    vocabularies = {node.inputs for node in root.walk() if node.role == "embedding"}
+    return [] if any(node.outputs in vocabularies for node in matrices) else ends
+
+
+def _is_list(node: _Node) -> bool:
+    return isinstance(node.module, (nn.ModuleList, nn.Sequential))
+
+
+# Places
+
+
+def _collect(root: _Node, sublayers: Mapping[_Node, list[_Sublayer]]) -> tuple[tuple[Place, ...], dict[str, Place]]:
+    places: list[Place] = []
+    modules: dict[str, Place] = {}
+    made: dict[_Node, list[Place]] = {}
+
+    def collect(node: _Node) -> None:
+        block, stack = node.block, node.stack
+        modules[node.name] = place = Place(node.name, node.module, node.role, block, stack)
+        own = made[node] = [place]
+        for part in node.parts:
+            own.append(Place(node.name, node.module, block=block, stack=stack, **part))
+        places.extend(own)
+        start = len(places)
+        for child in node.children:
+            collect(child)
+        for role, end, entry, members in sublayers.get(node, ()):
+            inside = tuple(place for member in members for place in made[member] if place.role)
+            entering = None if entry is None else entry.module
+            places.append(Place(end.name, end.module, role, block, stack, entry=entering, members=inside))
+        if block is not None and (node.parent is None or node.parent.block is None):
+            inside = tuple(places[start:])
+            places.insert(start, Place(node.name, node.module, "block", block, stack, members=inside))
+
+    collect(root)
+    return tuple(places), modules
+
+
+# The printed tree
+
+_COLOURS = {"embedding": "cyan", "attention": "green", "cross_attention": "bright_green", "mlp": "magenta", "head": "red",
+            "experts": "magenta", "router": "yellow", "norm": "blue", "conv": "cyan", "pooler": "yellow"}  # fmt: skip
+
+
+class _Line(NamedTuple):
+    """One line of the tree: its cells are name, role, type, shape, parameters and the chosen text."""
+
+    cells: tuple[str, ...]
+    lines: list[_Line]
+    style: str = ""
+
+
+def _count(parameters: float) -> str:
+    """1234567 -> '1.2 M'."""
+    for unit in ("", " K", " M", " B"):
+        if parameters < 999.95 or unit == " B":
+            break
+        parameters /= 1000
+    return f"{parameters:.1f}{unit}" if unit else str(int(parameters))
+
+
+def _shape(module: nn.Module) -> str:
+    kind, inputs, outputs = _kind(module)
+    if kind == "linear":
+        return f"{inputs} → {outputs}"
+    if kind == "conv":
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        return f"{module.in_channels} → {module.out_channels}, {'×'.join(map(str, module.kernel_size))}"
+    if kind == "embedding":
+        return f"{inputs} × {outputs}"
+    weight = module._parameters.get("weight")
+    return " × ".join(map(str, weight.shape)) if weight is not None else ""
+
+
+class _Drawing:
+    """The lines of one model's tree."""
+
+    def __init__(self, anatomy: Anatomy, chosen: Mapping[str, str]) -> None:
+        self.anatomy, self.chosen = anatomy, chosen
+        self.children: dict[str, list[Place]] = {}
+        self.parts: dict[str, list[Place]] = {}
+        self.within = dict.fromkeys(anatomy.modules, 0)  # parameters in the subtree, each counted where it is first met
+        self.tied: set[str] = set()
+        self.scopes: dict[str, str] = {}  # module -> the sublayer that it is
+        self.members = {block.name: block.members for block in anatomy.blocks}
+        seen: set[nn.Parameter] = set()
+        for name, place in anatomy.modules.items():
+            if name:
+                self.children.setdefault(name.rpartition(".")[0], []).append(place)
+            own = {parameter for parameter in place.module._parameters.values() if parameter is not None}
+            if own and own <= seen:
+                self.tied.add(name)
+            count = sum(parameter.numel() for parameter in own - seen)
+            seen |= own
+            path: str | None = name
+            while count and path is not None:
+                self.within[path] += count
+                path = path.rpartition(".")[0] if path else None
+        for place in anatomy.places:
+            if place.parameter is not None and place.view is None:
+                self.parts.setdefault(place.name, []).append(place)
+            if place.role in ("attention", "cross_attention", "mlp"):
+                self.scopes[_common([member.name for member in place.members])] = place.role
+
+    def cells(self, place: Place, label: str, role: str = "", kind: str = "", parameters: int | None = None) -> _Line:
+        name = place.name
+        size = "tied" if name in self.tied else _count(self.within[name] if parameters is None else parameters)
+        role = role or place.role or self.scopes.get(name, "")
+        kind = kind or type(place.module).__name__
+        return _Line((label, role, kind, _shape(place.module), size, self.chosen.get(name, "")), [])
+
+    def visible(self, name: str) -> list[Place]:
+        return [child for child in self.children.get(name, []) if self.within[child.name] or self.holds_tied(child.name)]
+
+    def holds_tied(self, name: str) -> bool:
+        return any(tied == name or tied.startswith(f"{name}.") for tied in self.tied)
+
+    def below(self, name: str) -> list[_Line]:
+        """The lines of a module's children; a list of blocks is replaced by its blocks, alike ones folded."""
+        lines: list[_Line] = []
+        for part in self.parts.get(name, []):
+            parameter = part.module._parameters[part.parameter or ""]
+            assert parameter is not None
+            shape = " × ".join(map(str, parameter.shape))
+            lines.append(_Line((part.parameter or "", part.role, "", shape, _count(parameter.numel()), ""), []))
+        for child in self.visible(name):
+            lines += self.line(child, child.name.rpartition(".")[2])
+        return lines
+
+    def line(self, place: Place, label: str) -> list[_Line]:
+        inner = self.visible(place.name)
+        if inner and all(child.block is not None for child in inner) and place.block is None:
+            return self.blocks(inner, label)
+        bare = not (place.role or _own_parameters(place.module) or place.name in self.chosen or place.name in self.scopes)
+        if bare and (len(inner) == 1 or place.block is not None):
+            return [line for child in inner for line in self.line(child, f"{label}.{child.name.rpartition('.')[2]}")]
+        line = self.cells(place, label)
+        line.lines.extend(self.below(place.name))
+        return [line]
+
+    def blocks(self, items: list[Place], label: str) -> list[_Line]:
+        groups: list[list[Place]] = []
+        before = None
+        for item in items:
+            signature = self.signature(item)
+            if signature != before:
+                groups.append([])
+            groups[-1].append(item)
+            before = signature
+        lines = []
+        for group in groups:
+            first, last = group[0], group[-1]
+            span = f"{first.block}" if first is last else f"{first.block}-{last.block}"
+            kind = f"{len(group)} × {type(first.module).__name__}" if len(group) > 1 else ""
+            title = f"{first.stack}.blocks[{span}]" if first.stack else f"blocks[{span}]"
+            path = f"{label}.{'*' if len(group) > 1 else first.name.rpartition('.')[2]}"
+            line = self.cells(first, title, path, kind, sum(self.within[item.name] for item in group))
+            line.lines.extend(self.below(first.name))
+            lines.append(line._replace(style="bold"))
+        return lines
+
+    def signature(self, module: Place) -> tuple[Any, ...]:
+        """What must be equal for two blocks to be shown as one."""
+        start, inside = len(module.name), (module, *self.members[module.name])
+        return tuple(
+            (place.name[start:], place.role, type(place.module).__name__, _shape(place.module), self.chosen.get(place.name))
+            for place in inside
+        )
+
+
+def _common(names: list[str]) -> str:
+    """The path that several module names share."""
+    paths = [name.split(".") for name in names]
+    shared = []
+    for steps in zip(*paths, strict=False):
+        if len(set(steps)) > 1:
+            break
+        shared.append(steps[0])
+    return ".".join(shared)
+
+
+def _fit(text: str, width: int) -> str:
+    return text.ljust(width) if len(text) <= width else text[: max(width - 1, 0)] + "…"
+
+
+def _draw(anatomy: Anatomy, chosen: Mapping[str, str], width: int) -> Tree:
+    from rich.text import Text
+    from rich.tree import Tree
+
+    drawing = _Drawing(anatomy, chosen)
+    lines = drawing.below("")
+
+    def rows(lines: list[_Line], depth: int) -> Iterator[tuple[int, tuple[str, ...]]]:
+        for line in lines:
+            yield depth, line.cells
+            yield from rows(line.lines, depth + 1)
+
+    table = [(4 * depth + len(name), len(role), len(kind) if shape else 0, len(shape), len(size), len(note))
+             for depth, (name, role, kind, shape, size, note) in rows(lines, 1)]  # fmt: skip
+    widths = [max(column) for column in zip(*table, strict=True)] if table else [0] * 6
+    for column, least in ((2, 9), (0, 30), (1, 18), (5, 12), (0, 20), (1, 12), (2, 6), (3, 8), (5, 6), (0, 12)):
+        excess = sum(widths) + sum(map(bool, widths)) - width
+        if excess > 0:
+            widths[column] = max(min(least, widths[column]), widths[column] - excess)
+
+    def label(line: _Line, depth: int) -> Text:
+        name, role, kind, shape, size, note = line.cells
+        named, roled, typed, shaped, sized, _ = widths
+        colour = _COLOURS.get(role.partition(".")[0], "dim")
+        text = Text(no_wrap=True)
+        text.append(_fit(name, max(named - 4 * depth, 1)), style=line.style)
+        text.append(" " + _fit(role, roled), style=colour)
+        if shape:
+            text.append(" " + _fit(kind, typed), style="dim")
+            text.append(" " + _fit(shape, shaped))
+        else:
+            text.append(" " + _fit(kind, typed + 1 + shaped), style="dim")
+        text.append(f" {size:>{sized}}")
+        if note:
+            text.append(" " + _fit(note, widths[5]), style="bold yellow")
+        text.rstrip()
+        return text
+
+    def grow(branch: Tree, lines: list[_Line], depth: int) -> None:
+        for line in lines:
+            grow(branch.add(label(line, depth)), line.lines, depth + 1)
+
+    total = f"{_count(drawing.within[''])} parameters"
+    stacks = " and ".join(f"{count} {name}".rstrip() for name, count in anatomy.stacks.items())
+    title = f"{type(anatomy.model).__name__}: {total}{f', {stacks} blocks' if stacks else ''}"
+    tree = Tree(Text(title, style="bold"), guide_style="dim")
+    grow(tree, lines, 1)
+    return tree

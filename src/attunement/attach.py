@@ -1,0 +1,746 @@
+"""How an adapter acts inside a model: holders, plans, exchanged classes.
+
+* A `Holder` owns the tensors of one method at one site, as a submodule of the module it adapts.
+* A `Plan` says what one module does under the active set. It refers to holders, never to their tensors, and is made when
+  the active set changes, never in `forward`.
+* A module's class is exchanged for a cached subclass of the same name whose `forward` asks the plan, and whose parameters
+  are properties: whoever reads `module.weight` reads the adapted weight.
+
+At one module weights change first, then what enters, then what leaves it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attunement.compose import Active, Average, Rows, Stack, Weighted
+from attunement.errors import AttunementError
+from attunement.method import WEIGHT_FORMS, Method, Tagged, is_additive, product, reads_weight, weight_form
+from attunement.site import LinearLayout, QuantisedLayout, Site, base_of, working_dtype
+
+CONTAINER = "attuned"
+
+
+FORMS = (*WEIGHT_FORMS, "bias", "output", "input", "penalty", "carried")
+
+
+class Holder(nn.Module):
+    """Owns tensors and nothing else, so that they may have any name: trained ones as parameters, others as buffers."""
+
+    def __init__(self, tensors: Mapping[str, Tagged]) -> None:
+        super().__init__()
+        for name, (kind, value) in tensors.items():
+            if kind == "trained":
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+
+
+class Part:
+    """One method at one site: what an adapter is made of.
+
+    Attributes:
+        method, site: what acts and where.
+        holder: the module that owns the tensors of this site; `common`: the one they share with others, or ().
+        kinds: the kind of each tensor of the holder.
+        key, slot: its name in a saved adapter, and under the module that it adapts.
+        twins: other modules that own the same, tied parameter.
+    """
+
+    def __init__(self, method: Method, site: Site, tensors: Mapping[str, Tagged], shared: Holder | None) -> None:
+        self.method, self.site = method, site
+        self.key, self.slot = site.key, site.slot
+        self.twins: tuple[nn.Module, ...] = ()
+        self.holder = Holder(tensors)
+        self.kinds = {name: kind for name, (kind, _) in tensors.items()}
+        self.common = () if shared is None else (shared,)
+        names = [*tensors, *(name for part in self.common for name in part.state_dict())]
+        self.takes = {form: taken(method, form, names) for form in FORMS if hasattr(method, form)}
+        self.form = method.form(site)
+        self.weight_form = weight_form(method) if site.parameter is not None else None
+        self.reads_weight = reads_weight(method)
+        self.additive = self.weight_form is not None and is_additive(method)
+        self.dropout = float(getattr(method, "dropout", 0.0))
+        self.taps = method.reads_input() and site.place.entry is not None
+        self.entered: Tensor | None = None  # x, between the sublayer's entry and its exit
+
+    def values(self, form: str) -> dict[str, Any]:
+        """The tensors that an expression takes, by name; read from the modules that own them, at every use."""
+        holder = self.holder
+        values = {**holder._parameters, **holder._buffers}
+        for shared in self.common:
+            values.update(shared._parameters)
+            values.update(shared._buffers)
+        wanted = self.takes[form]
+        return values if wanted is None else {name: values[name] for name in wanted}
+
+    def chain(self, module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The additive change as factors (out, r) ... (r, in), in the precision of the activation."""
+        form = self.weight_form
+        assert form is not None
+        if form == "factors" and not self.reads_weight:
+            links = self.method.factors(self.shaped(module), **self.values(form))  # type: ignore[attr-defined]
+        else:
+            with exact(self):
+                W = self.matrix(module) if self.reads_weight else self.shaped(module)
+                made = getattr(self.method, form)(W, **self.values(form))
+            links = made if form == "factors" else (made,)
+        for link in links:
+            if link.dtype is not dtype:
+                return tuple(link.to(dtype) for link in links)
+        return links
+
+    def shaped(self, module: nn.Module) -> Tensor:
+        """A tensor of the matrix's shape, for expressions that do not read its values."""
+        parameter: Tensor = module._parameters[self.site.parameter or ""]  # type: ignore[assignment]
+        if self.site.layout.beside_only:
+            return parameter.new_empty(()).expand(self.site.outputs, self.site.inputs)
+        return self.site.take(parameter)
+
+    def matrix(self, module: nn.Module) -> Tensor:
+        """The base's matrix at this site, in working precision."""
+        site = self.site
+        if site.layout.beside_only:
+            return site.weight
+        W = site.take(module._parameters[site.parameter or ""])  # type: ignore[arg-type]
+        return W.to(working_dtype(W))
+
+    def value(self, parameter: Tensor, face: str = "weight") -> Tensor:
+        """The parameter after the method; `face` is "bias" where the parameter is the module's bias beside the weight."""
+        with exact(self):
+            if face == "bias":
+                b = self.site.take_bias(parameter)
+                return self.site.put_bias(parameter, self.method.bias(b, **self.values("bias")))  # type: ignore[attr-defined]
+            W = self.site.take(parameter)
+            return self.site.put(parameter, self._mapped(self._new_weight, W))
+
+    def change(self, parameter: Tensor) -> Tensor:
+        """What an additive method adds to the parameter, in the parameter's shape."""
+        with exact(self):
+            W = self.site.take(parameter)
+            D = self._mapped(self._change, W)
+            return (
+                self.site.put(torch.zeros_like(parameter), D)
+                if self.site.view
+                else self.site.layout.native(D, parameter)
+            )
+
+    def _new_weight(self, W: Tensor, values: dict[str, Tensor]) -> Tensor:
+        if self.weight_form != "weight":
+            return W + self._change(W, values)
+        made: Tensor = self.method.weight(W, **values)  # type: ignore[attr-defined]
+        if hasattr(self.method, "bias") and not self.site.batch:
+            shift = self.method.bias(torch.zeros_like(W[:, 0]), **self.values("bias"))
+            made = made if (folded := self.site.layout.absorb(made, shift)) is None else folded
+        return made
+
+    def _change(self, W: Tensor, values: dict[str, Tensor]) -> Tensor:
+        made = getattr(self.method, self.weight_form or "")(W, **values)
+        return product(made) if self.weight_form == "factors" else made
+
+    def _mapped(self, function: Callable[..., Tensor], W: Tensor) -> Tensor:
+        """The expression on a matrix, or on each of a stack of matrices (E, out, in); shared tensors are not stacked."""
+        values = self.values(self.weight_form or "")
+        if not self.site.batch:
+            return function(W, values)
+        dims = {name: 0 if name in self.kinds else None for name in values}
+        return torch.func.vmap(function, in_dims=(0, dims))(W, values)
+
+    def dropped(self, x: Tensor, training: bool) -> Tensor:
+        return F.dropout(x, self.dropout) if training and self.dropout else x
+
+    def placed(self, z: Tensor, width: int) -> Tensor:
+        """The output of some rows (..., size) at its place in the output of the whole matrix (..., width)."""
+        view = self.site.view
+        if view is None:
+            return z
+        after = width // view.groups - view.start - view.size
+        return F.pad(z.unflatten(-1, (view.groups, view.size)), (view.start, after)).flatten(-2)
+
+    def left(self, x: Tensor | None, y: Tensor) -> Tensor:
+        """The module's output (..., out) after the method."""
+        view = self.site.view
+        if view is None:
+            return self.method.output(x, y, **self.values("output")).to(y.dtype)  # type: ignore[attr-defined]
+        grouped = y.unflatten(-1, (view.groups, -1)).clone()
+        part = grouped[..., view.start : view.start + view.size]
+        new = self.method.output(x, part.flatten(-2), **self.values("output"))  # type: ignore[attr-defined]
+        grouped[..., view.start : view.start + view.size] = new.to(y.dtype).unflatten(-1, (view.groups, -1))
+        return grouped.flatten(-2)
+
+
+def taken(method: Method, form: str, names: Sequence[str]) -> tuple[str, ...] | None:
+    """Which of these tensors an expression takes, by the names of its parameters; None for all of them."""
+    parameters = inspect.signature(getattr(method, form)).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return None
+    wanted = tuple(name for name in names if name in parameters)
+    return None if len(wanted) == len(names) else wanted
+
+
+def exact(part: Part) -> contextlib.AbstractContextManager[Any]:
+    """No autocast: expressions over weights need their precision."""
+    tensor = next(iter((*part.holder._parameters.values(), *part.holder._buffers.values())), None)
+    kind = "cpu" if tensor is None else tensor.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
+# --- what the active set means at one module: a small tree over parts ---
+
+
+class Leaf:
+    """What one adapter does at one place: (part, face) pairs in the order of its recipe."""
+
+    def __init__(self, entries: Sequence[tuple[Part, str]]) -> None:
+        self.entries = tuple(entries)
+
+    def value(self, P: Tensor) -> Tensor:
+        for part, face in self.entries:
+            P = part.value(P, face)
+        return P
+
+    def change(self, P: Tensor) -> Tensor:
+        if len(self.entries) == 1 and self.entries[0][0].additive:
+            return self.entries[0][0].change(P)
+        return self.value(P) - P
+
+    def output(self, x: Tensor | None, y: Tensor) -> Tensor:
+        for part, _ in self.entries:
+            y = part.left(x if part.entered is None else part.entered, y)
+        return y
+
+    def input(self, x: Tensor) -> Tensor:
+        for part, _ in self.entries:
+            x = part.method.input(x, **part.values("input")).to(x.dtype)  # type: ignore[attr-defined]
+        return x
+
+    def terms(self) -> tuple[tuple[Part, Tensor | None], ...] | None:
+        """The additive changes one by one, or None where they depend on each other."""
+        if any(not h.additive for h, _ in self.entries) or any(h.reads_weight for h, _ in self.entries[1:]):
+            return None
+        return tuple((part, None) for part, _ in self.entries)
+
+
+class Chain:
+    """A `Stack`: each node on the result of the one before."""
+
+    def __init__(self, nodes: Sequence[Any]) -> None:
+        self.nodes = tuple(nodes)
+
+    def value(self, P: Tensor) -> Tensor:
+        for node in self.nodes:
+            P = node.value(P)
+        return P
+
+    def change(self, P: Tensor) -> Tensor:
+        return self.value(P) - P
+
+    def output(self, x: Tensor | None, y: Tensor) -> Tensor:
+        for node in self.nodes:
+            y = node.output(x, y)
+        return y
+
+    def input(self, x: Tensor) -> Tensor:
+        for node in self.nodes:
+            x = node.input(x)
+        return x
+
+    def terms(self) -> tuple[tuple[Part, Tensor | None], ...] | None:
+        parts = [node.terms() for node in self.nodes]
+        if any(part is None for part in parts) or any(h.reads_weight for part in parts[1:] for h, _ in part or ()):
+            return None
+        return tuple(term for part in parts for term in part or ())
+
+
+class Blend:
+    """A `Sum`, `Average` or `Weighted`: changes added, each with its gain, a 0-d tensor or None for one."""
+
+    def __init__(self, nodes: Sequence[Any], gains: Sequence[Tensor | None]) -> None:
+        self.nodes, self.gains = tuple(nodes), tuple(gains)
+
+    def _sum(self, start: Tensor, changes: Iterable[Tensor]) -> Tensor:
+        for gain, change in zip(self.gains, changes, strict=True):
+            start = start + (change if gain is None else gain * change)
+        return start
+
+    def value(self, P: Tensor) -> Tensor:
+        return self._sum(P, (node.change(P) for node in self.nodes))
+
+    def change(self, P: Tensor) -> Tensor:
+        return self._sum(torch.zeros_like(P), (node.change(P) for node in self.nodes))
+
+    def output(self, x: Tensor | None, y: Tensor) -> Tensor:
+        return self._sum(y, (node.output(x, y) - y for node in self.nodes))
+
+    def input(self, x: Tensor) -> Tensor:
+        return self._sum(x, (node.input(x) - x for node in self.nodes))
+
+    def terms(self) -> tuple[tuple[Part, Tensor | None], ...] | None:
+        flat: list[tuple[Part, Tensor | None]] = []
+        for node, gain in zip(self.nodes, self.gains, strict=True):
+            part = node.terms()
+            if part is None:
+                return None
+            flat += [(h, gain if g is None else g if gain is None else g * gain) for h, g in part]
+        return tuple(flat)
+
+
+Node = Leaf | Chain | Blend
+
+
+def resolved(active: Active, entries: Mapping[str, Sequence[tuple[Part, str]]]) -> Node | None:
+    """The active set over what its adapters have at one place; None where nothing of it acts there."""
+    if active is None:
+        return None
+    if isinstance(active, str):
+        return Leaf(entries[active]) if entries.get(active) else None
+    nodes = [resolved(item, entries) for item in active.items]
+    if isinstance(active, Stack):
+        present = [node for node in nodes if node is not None]
+        return Chain(present) if len(present) > 1 else next(iter(present), None)
+    weights = [1.0] * len(nodes)
+    if isinstance(active, Average):
+        weights = [1 / len(nodes)] * len(nodes)
+    elif isinstance(active, Weighted):
+        weights = list(active.weights)
+    terms = [(node, w) for node, w in zip(nodes, weights, strict=True) if node is not None and w != 0]
+    if not terms:
+        return None
+    if len(terms) == 1 and terms[0][1] == 1:
+        return terms[0][0]
+    # a 0-d CPU tensor, not a Python number: a new value is no new program for torch.compile, and any device takes it
+    gains = [None if w == 1 else torch.tensor(w, dtype=torch.float64) for _, w in terms]
+    return Blend([node for node, _ in terms], gains)
+
+
+class RowsElsewhere(Exception):  # noqa: N818 - a signal to the root's forward, not an error a user sees
+    """A site cannot tell which row of the batch it serves: the model has to run once per distinct adapter."""
+
+
+class Plan:
+    """What one module does under the active set.
+
+    Attributes:
+        forward: the base class's forward.
+        terms: additive changes that run beside the module's own weight, each with its gain.
+        beside: an additive tree too entangled for that: its whole change runs beside.
+        parameters: trees by parameter name, for whoever reads the attribute.
+        enters, leaves: trees over x and over y.
+        taps: parts elsewhere that need this module's x.
+    """
+
+    terms: tuple[tuple[Part, Tensor | None], ...] | None = None
+    beside: Node | None = None
+    enters: Node | None = None
+    leaves: Node | None = None
+
+    def __init__(self, module: nn.Module) -> None:
+        self.forward: Callable[..., Any] = base_of(type(module)).forward  # type: ignore[attr-defined]
+        self.parameters: dict[str, Node] = {}
+        self.taps: tuple[Part, ...] = ()
+        self.layout: Any = None
+        self.channels = -1
+        self.once = False  # the forward reads a parameter many times (a loop over experts)
+
+    def parameter(self, module: nn.Module, name: str, base: Any) -> Any:
+        """What the attribute `name` of the module reads as."""
+        node = self.parameters.get(name)
+        if node is None:
+            return base
+        if self.once and (now := module.__dict__.get("_attuned_now")) is not None:
+            return now[name]
+        if base is None:  # a bias that the module could have
+            base = torch.zeros_like(module._parameters["weight"][:, 0])  # type: ignore[index]
+        return node.value(base.to(working_dtype(base))).to(base.dtype)
+
+    def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        for part in self.taps:
+            part.entered = x
+        if self.enters is not None:
+            x = self._last(self.enters.input(self._last(x)))
+            if args:
+                args = (x, *args[1:])
+            else:
+                kwargs = {**kwargs, next(iter(kwargs)): x}
+        if self.terms is not None or self.beside is not None:
+            out: Any = self._run_beside(module, x, args, kwargs)
+        elif self.once:
+            module._attuned_now = {n: getattr(module, n) for n in self.parameters}
+            try:
+                out = self.forward(module, *args, **kwargs)
+            finally:
+                module._attuned_now = None
+        else:
+            out = self.forward(module, *args, **kwargs)
+        if self.leaves is None:
+            return out
+        if isinstance(out, tuple):
+            return (self._left(x, out[0]), *out[1:])
+        return self._left(x, out)
+
+    def _run_beside(self, module: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        layout = self.layout
+        P = module._parameters["weight"]
+        if layout.beside_only:
+            y = self.forward(module, *args, **kwargs)
+            dtype = x.dtype
+        else:
+            y = layout.call(module, x, P, self.parameter(module, "bias", module._parameters.get("bias")))
+            dtype = x.dtype if x.dtype.is_floating_point else P.dtype
+        if self.beside is not None:
+            work = self._dense(module, P)
+            D = layout.matrix(self.beside.change(work)).to(dtype)
+            return y + layout.beside(module, x, (D,))
+        for part, gain in self.terms or ():
+            chain = part.chain(module, dtype)
+            if gain is not None:
+                chain = (chain[0], gain, *chain[1:])
+            z = layout.beside(module, part.dropped(x, module.training), chain)
+            y = y + (z if part.site.view is None else part.placed(z, y.shape[-1]))
+        return y
+
+    def _dense(self, module: nn.Module, P: Tensor) -> Tensor:
+        dense = self.layout.dense(module, "weight") if self.layout.beside_only else P
+        return dense.to(working_dtype(dense))
+
+    def _last(self, t: Tensor) -> Tensor:
+        """Channels last, and back."""
+        return t if self.channels == -1 else t.movedim(1, -1)
+
+    def _left(self, x: Any, y: Any) -> Tensor:
+        if not isinstance(y, Tensor):
+            raise AttunementError(
+                f"the output of an adapted module must be a tensor or begin with one, got {type(y).__name__}"
+            )
+        assert self.leaves is not None
+        if self.channels == -1:
+            new = self.leaves.output(x, y)
+        else:
+            new = self.leaves.output(x.movedim(1, -1), y.movedim(1, -1)).movedim(-1, 1)
+        for part in parts_of(self.leaves):
+            part.entered = None
+        return new
+
+
+def parts_of(node: Node | None) -> Iterable[Part]:
+    if isinstance(node, Leaf):
+        yield from (part for part, _ in node.entries)
+    elif node is not None:
+        for inner in node.nodes:
+            yield from parts_of(inner)
+
+
+class RowsPlan:
+    """What one module does when each row of the batch has its own adapter.
+
+    Attributes:
+        rows: how many rows the active set has.
+        plans: the distinct plans at this module, None for the bare module.
+        index: for each row the position of its plan, (rows,).
+    """
+
+    def __init__(self, module: nn.Module, plans: list[Plan | None], index: list[int]) -> None:
+        self.forward: Callable[..., Any] = base_of(type(module)).forward  # type: ignore[attr-defined]
+        self.plans, self.index, self.rows = plans, index, len(index)
+        self.members = [[row for row, i in enumerate(index) if i == which] for which in range(len(plans))]
+        self.batched = all(
+            plan is None
+            or (
+                plan.terms is not None
+                and plan.enters is plan.leaves is None
+                and not plan.taps
+                and isinstance(plan.layout, (LinearLayout, QuantisedLayout))
+                and "bias" not in plan.parameters
+                and all(part.site.view is None for part, _ in plan.terms)
+                and not any(part.dropout for part, _ in plan.terms)
+            )
+            for plan in plans
+        )
+        self._gathered: tuple[Any, ...] | None = None
+
+    def parameter(self, module: nn.Module, name: str, base: Any) -> Any:
+        if all(plan is None or name not in plan.parameters for plan in self.plans):
+            return base
+        raise RowsElsewhere
+
+    def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if len(args) + len(kwargs) != 1:
+            raise RowsElsewhere
+        x = args[0] if args else next(iter(kwargs.values()))
+        if not isinstance(x, Tensor) or x.dim() < 2:
+            raise RowsElsewhere
+        if isinstance(module, nn.Embedding) and (x.is_floating_point() or x.shape[0] not in (1, self.rows)):
+            raise RowsElsewhere
+        if x.shape[0] == 1 and self.rows > 1:
+            x = x.expand(self.rows, *x.shape[1:])
+        if x.shape[0] % self.rows:
+            raise RowsElsewhere
+        repeat = x.shape[0] // self.rows  # windows and beams: each row's stand together
+        if self.batched:
+            return self._run_batched(module, x, repeat)
+        y: Tensor | None = None
+        for plan, members in zip(self.plans, self.members, strict=True):
+            rows = torch.tensor([row * repeat + i for row in members for i in range(repeat)], device=x.device)
+            module._attuned_plan = plan
+            try:
+                some = self.forward(module, x[rows]) if plan is None else plan.run(module, (x[rows],), {})
+            finally:
+                module._attuned_plan = self
+            if not isinstance(some, Tensor) or some.shape[0] != len(rows):
+                raise RowsElsewhere
+            y = some.new_empty(x.shape[0], *some.shape[1:]) if y is None else y
+            y = y.index_copy(0, rows, some)
+        assert y is not None
+        return y
+
+    def _run_batched(self, module: Any, x: Tensor, repeat: int) -> Tensor:
+        y = (
+            self.forward(module, x)
+            if self.plans_layout.beside_only
+            else self.plans_layout.call(module, x, module._parameters["weight"], module._parameters.get("bias"))
+        )
+        At, Bt = self._factors(module, x, repeat)  # (rows, in, r), (rows, r, out)
+        flat = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
+        return torch.baddbmm(y.view(x.shape[0], -1, y.shape[-1]), torch.bmm(flat, At), Bt).view(y.shape)
+
+    @functools.cached_property
+    def plans_layout(self) -> Any:
+        return next(plan.layout for plan in self.plans if plan is not None)
+
+    def _factors(self, module: Any, x: Tensor, repeat: int) -> tuple[Tensor, Tensor]:
+        """The factors of every row, ranks padded with zeros; kept until a tensor of theirs changes."""
+        parts = [part for plan in self.plans if plan is not None for part, _ in plan.terms or ()]
+        tensors = [t for h in parts for t in h.values("factors" if h.weight_form == "factors" else "delta").values()]
+        differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        key = (x.device, x.dtype, repeat, *(t._version for t in tensors))
+        kept = self._gathered
+        if (
+            kept
+            and not differentiable
+            and kept[0] == key
+            and all(a is b for a, b in zip(kept[1], tensors, strict=True))
+        ):
+            return kept[2], kept[3]
+        pairs = [self._pair(module, plan, x) for plan in self.plans]
+        rank = max(A.shape[0] for A, _ in pairs)
+        index = torch.tensor(self.index, device=x.device).repeat_interleave(repeat)
+        At = torch.stack([F.pad(A, (0, 0, 0, rank - A.shape[0])) for A, _ in pairs])[index].mT.contiguous()
+        Bt = torch.stack([F.pad(B, (0, rank - B.shape[1])) for _, B in pairs])[index].mT.contiguous()
+        if not differentiable:
+            self._gathered = (key, tensors, At, Bt)
+        return At, Bt
+
+    def _pair(self, module: Any, plan: Plan | None, x: Tensor) -> tuple[Tensor, Tensor]:
+        """One plan's change as A (r, in) and B (out, r)."""
+        from attunement.method import split
+
+        if plan is None:
+            out, inputs = self.plans_layout.size(module, "weight")
+            return x.new_zeros(0, inputs), x.new_zeros(out, 0)
+        As, Bs = [], []
+        for part, gain in plan.terms or ():
+            B, A = split(part.chain(module, x.dtype))
+            B = torch.eye(A.shape[0], dtype=A.dtype, device=A.device) if B is None else B
+            As.append(A)
+            Bs.append(B if gain is None else B * gain)
+        return torch.cat(As), torch.cat(Bs, dim=1)
+
+
+def plan_of(
+    module: nn.Module, active: Active, held: Mapping[str, Sequence[Part]], taps: Sequence[tuple[str, Part]]
+) -> Plan | RowsPlan | None:
+    """The plan of one module for an active set.
+
+    Args:
+        held: the parts that each adapter has at this module and has not merged into it.
+        taps: (adapter, part) pairs that need this module's input.
+    """
+    if isinstance(active, Rows):
+        distinct = list(dict.fromkeys(active.items))
+        plans = [_plan_of(module, item, held, taps) for item in distinct]
+        if all(plan is None for plan in plans):
+            return None
+        return RowsPlan(module, plans, [distinct.index(item) for item in active.items])
+    return _plan_of(module, active, held, taps)
+
+
+def _plan_of(
+    module: nn.Module, active: Active, held: Mapping[str, Sequence[Part]], taps: Sequence[tuple[str, Part]]
+) -> Plan | None:
+    names = set(_names(active))
+    here = {name: parts for name, parts in held.items() if name in names}
+    plan = Plan(module)
+    plan.taps = tuple(part for name, part in taps if name in names)
+    entries: dict[str, dict[str, list[tuple[Part, str]]]] = {}
+    levels = _levels([part for parts in here.values() for part in parts])
+    for name, parts in here.items():
+        for part in parts:
+            level = levels[part]
+            place = level if level != "weight" else str(part.site.parameter)
+            entries.setdefault(place, {}).setdefault(name, []).append((part, "weight"))
+            if level == "weight" and hasattr(part.method, "bias") and "bias" in module._parameters:
+                entries.setdefault("bias", {}).setdefault(name, []).append((part, "bias"))
+            plan.channels = part.site.layout.channels
+            if part.site.slot == "weight" or part.site.view is not None:
+                plan.layout = part.site.layout
+            plan.once |= level == "weight" and bool(part.site.batch)
+    for place, by_name in entries.items():
+        node = resolved(active, by_name)
+        if node is None:
+            continue
+        if place == "output":
+            plan.leaves = node
+        elif place == "input":
+            plan.enters = node
+        elif place == "weight" and _runs_beside(node):
+            plan.terms = node.terms()
+            plan.beside = node if plan.terms is None else None
+            if not plan.layout.beside_only:
+                plan.parameters[place] = node
+        else:
+            plan.parameters[place] = node
+    if not plan.parameters and plan.terms is plan.beside is plan.enters is plan.leaves is None and not plan.taps:
+        return None
+    return plan
+
+
+def _names(active: Active) -> Iterable[str]:
+    from attunement.compose import names_in
+
+    return names_in(active)
+
+
+def _runs_beside(node: Node) -> bool:
+    return all(part.additive and part.site.transparent for part in parts_of(node))
+
+
+def _levels(parts: Sequence[Part]) -> dict[Part, str]:
+    """Whether each part acts on the output, the input or the weight.
+
+    A method that has both an output form and a weight form runs in the cheap one, unless it meets another kind of change
+    at the same matrix: then all act on the weight, so that sums and stacks mean what they say.
+    """
+    first = {part: part.form if part.form in ("output", "input") else "weight" for part in parts}
+    mixed = len(set(first.values())) > 1
+    levels = {}
+    for part, level in first.items():
+        site, possible = part.site, part.weight_form is not None
+        if hasattr(part.method, "bias"):
+            possible &= "bias" in site.module._parameters or isinstance(site.module, nn.Embedding)
+        levels[part] = "weight" if possible and (mixed or not site.called) else level
+    return levels
+
+
+# --- exchanged classes ---
+
+_classes: dict[tuple[type, tuple[str, ...], bool], type] = {}
+
+
+def _property(name: str) -> property:
+    def read(self: nn.Module) -> Any:
+        base = self._parameters[name]
+        plan = self._attuned_plan
+        if plan is None:
+            return base
+        try:
+            return plan.parameter(self, name, base)  # type: ignore[operator, union-attr]
+        except AttributeError as error:  # nn.Module would take it for a missing attribute and hide the cause
+            raise RuntimeError(f"{name} of {type(self).__name__}: {error}") from error
+
+    return property(read)
+
+
+Extras = Callable[[type, Callable[..., Any]], dict[str, Any]]
+
+
+def exchanged(base: type, names: tuple[str, ...], extras: Extras | None = None) -> type:
+    """The subclass of `base`, made once, that asks a plan; `extras` is what the root of a model has besides."""
+    key = (base, names, extras is not None)
+    if key in _classes:
+        return _classes[key]
+    inner: Callable[..., Any] = base.forward  # type: ignore[attr-defined]
+
+    @functools.wraps(inner)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        plan = self._attuned_plan
+        if plan is None:
+            return inner(self, *args, **kwargs)
+        return plan.run(self, args, kwargs)
+
+    with contextlib.suppress(ValueError, TypeError):
+        forward.__signature__ = inspect.signature(inner)  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
+        _, _, *state = object.__reduce_ex__(self, protocol)
+        return (_rebuilt, (base, names, extras), *state)
+
+    body: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": __reduce_ex__,
+        "_attuned_base": base,
+        "_attuned_plan": None,
+        "_attuned_extras": extras,
+        "forward": forward,
+        **{name: _property(name) for name in names},
+    }
+    if extras is not None:
+        body.update(extras(base, forward))
+    made = type(base.__name__, (base,), body)
+    _classes[key] = made
+    return made
+
+
+def _rebuilt(base: type, names: tuple[str, ...], extras: Extras | None) -> Any:
+    cls = exchanged(base, names, extras)
+    return cls.__new__(cls)  # type: ignore[call-overload]
+
+
+def exchange(module: nn.Module, extras: Extras | None = None) -> None:
+    """Give a module its adapted class; again with the extras where it turns out to be a root too."""
+    cls = type(module)
+    base = base_of(cls)
+    if cls is not base and (extras is None or cls._attuned_extras is extras):  # type: ignore[attr-defined]
+        return
+    made = exchanged(base, tuple(module._parameters), extras)
+    module.__class__ = made
+    if "forward" in module.__dict__:  # accelerate's hook calls the forward it saved
+        module.__dict__["_old_forward"] = made.forward.__get__(module)  # type: ignore[attr-defined]
+
+
+def restore(module: nn.Module) -> None:
+    """Give a module its own class back."""
+    base = base_of(type(module))
+    module.__dict__.pop("_attuned_plan", None)
+    module.__dict__.pop("_attuned_now", None)
+    module.__class__ = base
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = base.forward.__get__(module)  # type: ignore[attr-defined]
+
+
+def sealed_forward(module: nn.Module) -> str | None:
+    """Why a module's class does not decide its forward (the end of a sentence), or None."""
+    if "forward" not in module.__dict__:
+        return None
+    saved = module.__dict__.get("_old_forward")
+    if "_hf_hook" in module.__dict__ and getattr(saved, "__func__", None) in (
+        base_of(type(module)).forward,  # type: ignore[attr-defined]
+        type(module).forward,
+    ):
+        return None
+    return (
+        f"the forward of this {type(module).__name__} is patched on the instance, which would hide the adapter; "
+        "adapt before patching, or patch the class"
+    )

@@ -1,0 +1,179 @@
+"""Writing changes into the base's weights, and taking them out again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from attunement.attach import Part
+from attunement.errors import AttunementError
+from attunement.root import bench_of
+from attunement.site import NormLayout, base_of, working_dtype
+
+if TYPE_CHECKING:
+    from attunement.adapter import Adapter
+
+
+def merge(adapter: Adapter, *, keep: bool, partial: bool, untie: bool) -> None:
+    """See `Adapter.merge`."""
+    if adapter.merged:
+        raise AttunementError(f"merge: adapter {adapter.name!r} is merged already")
+    from attunement.storage import fingerprint
+
+    bench = bench_of(adapter.model)
+    parts = []
+    for part in adapter.parts:
+        why = unmergeable(part)
+        if why is None:
+            parts.append(part)
+        elif not partial:
+            raise AttunementError(
+                f"merge: {part.key}: {why}; partial=True merges the other parts and keeps this one beside"
+            )
+    if not parts:
+        raise AttunementError(f"merge: adapter {adapter.name!r} has no part that can be merged")
+    for name, parameter in adapter.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise AttunementError(f"merge: {name!r} of adapter {adapter.name!r} has values that are not finite")
+    owners = _owners(adapter.model)
+    tied = []
+    for part in parts:
+        own = part.site.module._parameters[part.site.parameter or ""]
+        others = [o for o in owners.get(id(own), ()) if o[0] is not part.site.module and o[0] not in part.twins]
+        if others and not untie:
+            raise AttunementError(
+                f"merge: {part.key} is tied to {others[0][1]}, which a merge would change too; untie=True gives it its own copy"
+            )
+        tied += [part] if others else []
+    for other in bench.adapters.values():
+        other._fingerprint = fingerprint(other)
+    with torch.no_grad():
+        for part in parts:  # all is computed once before anything is written
+            for name, value in _after(part):
+                if not torch.isfinite(value).all():
+                    raise AttunementError(f"merge: {part.key}: the merged {name} would have values that are not finite")
+        done: list[tuple[Part, str, Tensor | None, bool]] = []
+        for part in parts:
+            module = part.site.module
+            if part in tied:
+                _untie(adapter.model, part)
+            for name, value in _after(part):
+                own = module._parameters[name]
+                if own is None:
+                    done.append((part, name, None, keep))
+                    module._parameters[name] = nn.Parameter(value, requires_grad=False)
+                else:
+                    done.append((part, name, own.detach().to("cpu", copy=True) if keep else None, keep))
+                    own.data.copy_(value)
+        adapter._merged = done
+        adapter._merged_at = 1 + max(a._merged_at for a in bench.adapters.values())
+    bench.use(bench.active)
+
+
+def unmerge(adapter: Adapter) -> None:
+    """See `Adapter.unmerge`."""
+    if adapter._merged is None:
+        raise AttunementError(f"unmerge: adapter {adapter.name!r} is not merged")
+    if not all(keep for *_, keep in adapter._merged):
+        raise AttunementError(f"unmerge: adapter {adapter.name!r} was merged with keep=False; load the base again")
+    bench = bench_of(adapter.model)
+    mine = {(id(part.site.module), name) for part, name, _, _ in adapter._merged}
+    order = [a for a in bench.adapters.values() if a._merged is not None]
+    for other in order:
+        later = other is not adapter and other._merged_at > adapter._merged_at
+        if later and mine & {(id(part.site.module), name) for part, name, _, _ in other._merged or ()}:
+            raise AttunementError(
+                f"unmerge: {other.name!r} was merged after {adapter.name!r} at the same weights; unmerge it first"
+            )
+    with torch.no_grad():
+        for part, name, before, _ in reversed(adapter._merged):
+            module = part.site.module
+            if before is None:
+                module._parameters[name] = None
+            else:
+                module._parameters[name].data.copy_(before)  # type: ignore[union-attr]
+    adapter._merged = None
+    if not any(other.merged for other in bench.adapters.values()):
+        for other in bench.adapters.values():
+            other._fingerprint = None
+    bench.use(bench.active)
+
+
+def unmergeable(part: Part) -> str | None:
+    """Why a part cannot be merged, or None."""
+    method, site = part.method, part.site
+    if "merge" in method.cannot:
+        return f"{type(method).__name__} cannot be merged: {method.cannot['merge']}"
+    if part.weight_form is None:
+        return f"{type(method).__name__} changes what the module gives, not its weight"
+    if site.layout.beside_only:
+        return "the base is quantised; merge into a dequantised copy of the model instead"
+    if hasattr(method, "bias") and "bias" not in site.module._parameters:
+        zero = torch.zeros(site.outputs, dtype=working_dtype(site.weight))
+        shift = method.bias(zero, **part.values("bias"))
+        if site.layout.absorb(site.weight, shift) is None and bool((shift != 0).any()):
+            return f"{base_of(type(site.module)).__name__} has no bias that could take the shift"
+    if isinstance(site.layout, NormLayout) and part.form != "weight" and not _scales_by_its_weight(part):
+        return f"the output of {base_of(type(site.module)).__name__} is not its weight times something"
+    return None
+
+
+def _scales_by_its_weight(part: Part) -> bool:
+    """Whether twice the weight gives twice the output: not so for norms that multiply by one plus their weight."""
+    module: Any = part.site.module
+    forward = base_of(type(module)).forward  # type: ignore[attr-defined]
+    if forward.__module__.startswith("torch.nn."):
+        return True
+    weight = module._parameters["weight"]
+    x = torch.randn(2, 3, weight.shape[0], dtype=weight.dtype, device=weight.device)
+    plan, module._attuned_plan = module._attuned_plan, None
+    try:
+        with torch.no_grad():
+            once = forward(module, x)
+            module._parameters["weight"] = nn.Parameter(weight * 2, requires_grad=False)
+            twice = forward(module, x)
+    finally:
+        module._parameters["weight"] = weight
+        module._attuned_plan = plan
+    bias = module._parameters.get("bias")
+    shift = 0 if bias is None else bias
+    return torch.allclose(twice - shift, 2 * (once - shift), rtol=1e-2, atol=1e-4)
+
+
+def _after(part: Part) -> list[tuple[str, Tensor]]:
+    """The parameters of a module after a part, in the base's precision: (name, value)."""
+    site = part.site
+    module = site.module
+    name = site.parameter or ""
+    weight: Tensor = module._parameters[name]  # type: ignore[assignment]
+    work = working_dtype(weight)
+    after = [(name, part.value(weight.to(work)).to(weight.dtype))]
+    if hasattr(part.method, "bias") and "bias" in module._parameters:
+        bias = module._parameters["bias"]
+        rows = site.layout.size(module, name)[-2]
+        held = weight.new_zeros(rows, dtype=work) if bias is None else bias.to(work)
+        shifted = part.value(held, "bias")
+        if bias is not None or bool((shifted != 0).any()):
+            after.append(("bias", shifted.to(weight.dtype)))
+    return after
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every module and name under which each parameter stands, by the parameter's identity."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((module, f"{path}.{name}"))
+    return owners
+
+
+def _untie(model: nn.Module, part: Part) -> None:
+    """Give a tied weight its own copy, and tell the model's config so."""
+    own = part.site.module._parameters[part.site.parameter or ""]
+    part.site.module._parameters[part.site.parameter or ""] = nn.Parameter(own.detach().clone(), requires_grad=False)  # type: ignore[union-attr]
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # type: ignore[union-attr]

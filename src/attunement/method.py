@@ -1,0 +1,296 @@
+"""What a method is: validated hyper-parameters, initial tensors, and one expression.
+
+A method file subclasses `WeightMethod`, `OutputMethod` or `ParameterMethod`, is decorated with `register`, and gives
+
+* `tensors(site)`: the initial values of its tensors at one site, chosen so that nothing changes at the start;
+* one expression over them, in the strongest form it has (see `WEIGHT_FORMS`), `output` or `input`.
+
+The core derives the rest: running, merging, saving, switching, composing, converting, counting, testing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as validated
+from torch import Tensor, nn
+from typing_extensions import dataclass_transform
+
+from attunement.errors import AttunementError, nearest
+
+if TYPE_CHECKING:
+    from attunement.adapter import Adapter
+    from attunement.site import Site
+
+WEIGHT_FORMS = ("factors", "delta", "weight")  # strongest first; from each, the ones after it follow
+KINDS = ("trained", "fixed", "seeded")
+
+
+class Tagged(NamedTuple):
+    """A tensor and its kind."""
+
+    kind: str
+    value: Tensor
+
+
+def trained(value: Tensor) -> Tagged:
+    """A tensor that the optimiser changes and `save` writes: what a plain tensor is too."""
+    return Tagged("trained", value)
+
+
+def fixed(value: Tensor) -> Tagged:
+    """A tensor that is saved but not trained: an index, a mask, a statistic, a scale."""
+    return Tagged("fixed", value)
+
+
+def seeded(value: Tensor) -> Tagged:
+    """A tensor that `tensors` or `shared` computes again at load, from a seed field or from the base; never stored."""
+    return Tagged("seeded", value)
+
+
+Tensors = Mapping[str, Tensor | Tagged]
+
+
+def kaiming(*shape: int, generator: torch.Generator | None = None) -> Tensor:
+    """Uniform in ±1/sqrt(last size), float32: `kaiming_uniform_(a=sqrt(5))`, the start of `nn.Linear` and of LoRA's A."""
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
+
+
+class Method:
+    """A technique as a value: frozen, validated fields, and an expression. See `WeightMethod` and its siblings."""
+
+    name: ClassVar[str] = ""
+    """`family/name`, set by `register`."""
+    source: ClassVar[str] = ""
+    """Address of the paper or the reference code, set by `register`."""
+    placement: ClassVar[Any] = "*"
+    """The published placement, used when `adapt` is given no `on`: a selection."""
+    cannot: ClassVar[Mapping[str, str]] = {}
+    """What the method cannot do, and why: `{"merge": "its output is not linear in its input"}`. Kept true by tests."""
+    acts_on: ClassVar[str] = "matrix"
+
+    def tensors(self, site: Site) -> Tensors:
+        """Initial values of the tensors at one site, in float32 on the CPU; the core moves and casts them."""
+        return {}
+
+    def shared(self, sites: list[Site]) -> Tensors:
+        """Initial values of tensors that all sites of this method share; passed to the expression by the same names."""
+        return {}
+
+    def refuse(self, site: Site) -> str | None:
+        """Why this site cannot be taken, as the end of a sentence (`rank 64 is larger than ...`), or None."""
+        return None
+
+    def form(self, site: Site) -> str:
+        """Which of its forms runs at this site: `output` or `input` before a weight form, unless a method says otherwise."""
+        return next(form for form in ("output", "input", *WEIGHT_FORMS) if hasattr(self, form))
+
+    def reads_input(self) -> bool:
+        """Whether `output` needs x; a first parameter whose name begins with an underscore says it does not."""
+        return _reads_first(type(self), "output")
+
+    def rates(self) -> Mapping[str, Mapping[str, float]]:
+        """Factors on the learning rate and the weight decay of single tensors: `{"B": {"lr": 16.0}}`."""
+        return {}
+
+    def before_step(self, adapter: Adapter) -> None:
+        """Called after the backward pass and before the optimiser's step, while the gradients are there."""
+
+    def carried(self, weight: Tensor) -> Tensor:
+        """The part of the base's value that the result still depends on; the fingerprint of a saved adapter covers it."""
+        return weight
+
+    def describe(self) -> dict[str, Any]:
+        """The method as plain data, `{"method": name, field: value, ...}`; `method_from` reads it back."""
+        fields: dict[str, Any] = TypeAdapter(type(self)).dump_python(self, mode="json")
+        return {"method": type(self).name, **fields}
+
+
+class WeightMethod(Method):
+    """Changes a matrix W (out, in). Give the strongest of three forms that the method has.
+
+    * `factors(W, **t) -> (B, ..., A)`: the change is the product B ... A, of small rank. Vectors and 0-d tensors
+      between the matrices are diagonals and scales: `(B, scale, A)`. It runs beside the layer as B(scale(A x)).
+    * `delta(W, **t) -> D`: an additive change of any rank, (out, in).
+    * `weight(W, **t) -> W'`: any new weight, (out, in), which enters the layer in place of its own.
+
+    Name the first parameter `_` where the expression does not read W: it is then not computed, and may be quantised.
+    `bias(b, **t)` may accompany `weight`. W is a single matrix whatever the layer; the core maps over batches of them.
+    """
+
+    acts_on: ClassVar[str] = "matrix"
+
+
+class OutputMethod(Method):
+    """Changes what a module gives or gets: `output(x, y, **t) -> y'` or `input(x, **t) -> x'`, channels last.
+
+    At a sublayer (`attention`, `mlp`) y is what the sublayer adds to the residual stream and x is what entered it.
+    """
+
+    acts_on: ClassVar[str] = "output"
+
+
+class ParameterMethod(Method):
+    """Changes parameters of any shape and role: `weight(W, **t) -> W'` with W in the parameter's own shape."""
+
+    acts_on: ClassVar[str] = "parameter"
+
+
+@functools.cache
+def _reads_first(cls: type, form: str) -> bool:
+    function = getattr(cls, form, None)
+    return function is not None and not list(inspect.signature(function).parameters)[1].startswith("_")
+
+
+def weight_form(method: Method) -> str | None:
+    """The strongest weight form that a method has, or None."""
+    return next((form for form in WEIGHT_FORMS if hasattr(method, form)), None)
+
+
+def reads_weight(method: Method) -> bool:
+    """Whether the weight form of a method needs the values of W."""
+    form = weight_form(method)
+    return form is not None and _reads_first(type(method), form)
+
+
+def is_additive(method: Method) -> bool:
+    """Whether a method adds to the weight, whatever stands there."""
+    return weight_form(method) in ("factors", "delta")
+
+
+_registry: dict[str, type[Method]] = {}
+C = TypeVar("C", bound=type)
+
+
+@dataclass_transform(frozen_default=True)
+def register(name: str, *, source: str) -> Callable[[C], C]:
+    """Make a class a method: fields validated and frozen, listed under `family/name`, readable from files.
+
+    Raises `AttunementError` where the name is not `family/name`, is taken, or the class has no expression.
+    """
+
+    def decorate(cls: C) -> C:
+        family, _, last = name.partition("/")
+        if not (family.isidentifier() and last.isidentifier()):
+            raise AttunementError(f"register: expected a name 'family/name' in lower case, got {name!r}")
+        known = _registry.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise AttunementError(f"register: {name!r} is already {known.__module__}.{known.__qualname__}")
+        if not any(hasattr(cls, form) for form in (*WEIGHT_FORMS, "output", "input")):
+            raise AttunementError(
+                f"register: {cls.__name__} has no expression; expected one of factors, delta, weight, output, input"
+            )
+        made = validated(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))(cls)
+        made.name, made.source = name, source
+        _say_plainly(made)
+        _registry[name] = made
+        return made
+
+    return decorate
+
+
+def _say_plainly(cls: type) -> None:
+    """Turn pydantic's report of a bad field into one sentence of ours."""
+    init = cls.__init__  # type: ignore[misc]
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **fields: Any) -> None:
+        try:
+            init(self, *args, **fields)
+        except ValidationError as error:
+            raise AttunementError(_sentence(cls, error)) from None
+
+    cls.__init__ = __init__  # type: ignore[misc]
+
+
+def _sentence(cls: type, error: ValidationError) -> str:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    known = [f.name for f in dataclasses.fields(cls)]
+    if first["type"] in ("unexpected_keyword_argument", "unexpected_positional_argument", "extra_forbidden"):
+        return f"{cls.__name__} has no field {field!r}; its fields are {', '.join(known)}{nearest(field, known)}"
+    if first["type"] == "value_error":
+        return f"{cls.__name__}: {first['msg'].removeprefix('Value error, ')}"
+    expected = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{cls.__name__}: {field} must be {expected}, got {first['input']!r}"
+
+
+def methods(pattern: str = "*") -> list[str]:
+    """Names of the registered methods that match a glob, sorted: `methods("low_rank/*")`."""
+    import fnmatch
+
+    return sorted(name for name in _registry if fnmatch.fnmatchcase(name, pattern))
+
+
+def method(name: str) -> type[Any]:
+    """The class of a method, by its full name or its last part: `method("lora")`, `method("low_rank/lora")`.
+
+    Raises `AttunementError` naming the nearest methods where there is none, or where a last part is ambiguous.
+    """
+    found = [full for full in _registry if name in (full, full.partition("/")[2])]
+    if len(found) == 1:
+        return _registry[found[0]]
+    if found:
+        raise AttunementError(f"method: {name!r} is ambiguous: {', '.join(sorted(found))}")
+    names = [word for full in _registry for word in (full, full.partition("/")[2])]
+    raise AttunementError(
+        f"method: there is no {name!r}{nearest(name, names)}; a method of your own is known once its module is imported"
+    )
+
+
+def method_from(spec: Mapping[str, Any]) -> Method:
+    """A method from plain data, as `Method.describe` gives and a recipe file holds."""
+    fields = dict(spec)
+    if not isinstance(fields.get("method"), str):
+        raise AttunementError(f"a method is written as {{'method': name, field: value}}, got {dict(spec)!r}")
+    made: Method = method(fields.pop("method"))(**fields)
+    return made
+
+
+def tagged(tensors: Tensors) -> dict[str, Tagged]:
+    """Every tensor with its kind, the default being trained."""
+    return {name: value if isinstance(value, Tagged) else trained(value) for name, value in tensors.items()}
+
+
+def split(chain: Iterable[Tensor]) -> tuple[Tensor | None, Tensor]:
+    """A chain of factors folded into B (out, r) and A (r, in); B is None where the chain has a single matrix.
+
+    Matrices are multiplied, vectors between them are diagonals, 0-d tensors are scales.
+    """
+    links = list(chain)
+    last = max(i for i, link in enumerate(links) if link.dim() >= 2)
+    if any(link.dim() >= 2 for link in links[:last]):
+        return _fold(links[:last]), _fold(links[last:])
+    return None, _fold(links)
+
+
+def product(chain: Iterable[Tensor]) -> Tensor:
+    """The matrix (out, in) that a chain of factors is."""
+    B, A = split(chain)
+    return A if B is None else B @ A
+
+
+def _fold(links: list[Tensor]) -> Tensor:
+    done: Tensor | None = None
+    left: Tensor | None = None  # the diagonals and scales that stand left of the first matrix
+    for link in links:
+        if link.dim() < 2:
+            if done is not None:
+                done = done * link  # a vector scales columns
+            else:
+                left = link if left is None else left * link
+        elif done is not None:
+            done = done @ link
+        elif left is not None:
+            done = left[..., None] * link if left.dim() else left * link
+        else:
+            done = link
+    assert done is not None
+    return done

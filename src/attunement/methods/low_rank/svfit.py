@@ -1,0 +1,48 @@
+"""SVFit: the largest singular values of a weight, trained."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from attunement.method import Tensors, WeightMethod, register, seeded
+from attunement.methods._low_rank import too_large
+from attunement.site import Site
+
+
+@register("low_rank/svfit", source="https://arxiv.org/abs/2409.05926")
+class SVFit(WeightMethod):
+    """Singular-value fine-tuning: W' = W + U diag(sigma - start) Vh, U (out, rank), Vh (rank, in), from the SVD of W.
+
+    The largest singular values train; the singular vectors and the rest of W stay.
+
+    Args:
+        rank: how many singular values; None is all of them, min(out, in). One number each, so large ranks are cheap to
+            store, but U and Vh are held beside W. The paper takes as many as hold 99 % of W.
+
+    Start: sigma = start. U, Vh and start are computed again from the base at load, never stored: where singular values
+    coincide the vectors are not unique, and another machine's SVD may choose others.
+    No public code was found for this paper; the formula is from its text, the placement from LoRA, which it follows.
+    """
+
+    placement: ClassVar[str] = "attention.{query,value}"
+
+    rank: PositiveInt | None = None
+
+    def tensors(self, site: Site) -> Tensors:
+        U, sigma, Vh = torch.linalg.svd(site.weight, full_matrices=False)
+        return {
+            "sigma": sigma[: self.rank].clone(),  # (rank,)
+            "start": seeded(sigma[: self.rank].clone()),  # (rank,)
+            "U": seeded(U[:, : self.rank].contiguous()),  # (out, rank)
+            "Vh": seeded(Vh[: self.rank].contiguous()),  # (rank, in)
+        }
+
+    def refuse(self, site: Site) -> str | None:
+        return None if self.rank is None else too_large(self.rank, site)
+
+    def factors(self, _: Tensor, sigma: Tensor, start: Tensor, U: Tensor, Vh: Tensor) -> tuple[Tensor, ...]:
+        return U, sigma - start, Vh

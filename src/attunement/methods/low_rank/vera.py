@@ -1,0 +1,54 @@
+"""VeRA: one frozen random pair of matrices for the whole model, and two learned vectors a matrix."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+
+from attunement.method import Tensors, WeightMethod, fixed, register, seeded
+from attunement.site import Site
+
+
+@register("low_rank/vera", source="https://arxiv.org/abs/2310.11454")
+class VeRA(WeightMethod):
+    """Vector-based random matrix adaptation: W' = W + diag(b) B diag(d) A, with one frozen B and A for all matrices.
+
+    B (largest out, rank) and A (rank, largest in) are cut to the first rows and columns that a matrix needs.
+
+    Args:
+        rank: any size, since it costs one number a matrix. 256, PEFT's; the paper has 256 for language models.
+        start: first value of d; 0.1 in the paper and in PEFT.
+        seed: from which A and then B are drawn (Kaiming-uniform, gain sqrt(2)) on the CPU, as PEFT draws them.
+        stored: write A and B with the adapter, for readers with another generator; else they are drawn again at load.
+        dropout: on x before A, in training only.
+
+    Start: b zero. The paper's separate learning rate for the head is not part of the method here.
+    """
+
+    placement: ClassVar[str] = "attention.{query,value}"
+
+    rank: PositiveInt = 256
+    start: float = 0.1
+    seed: NonNegativeInt = 0
+    stored: bool = False
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    def shared(self, sites: list[Site]) -> Tensors:
+        generator = torch.Generator().manual_seed(self.seed)
+        A = torch.empty(self.rank, max(site.inputs for site in sites))  # (rank, largest in)
+        B = torch.empty(max(site.outputs for site in sites), self.rank)  # (largest out, rank)
+        kind = fixed if self.stored else seeded
+        return {name: kind(nn.init.kaiming_uniform_(M, generator=generator)) for name, M in (("A", A), ("B", B))}
+
+    def tensors(self, site: Site) -> Tensors:
+        return {
+            "b": torch.zeros(site.outputs),  # (out,)
+            "d": torch.full((self.rank,), self.start),  # (rank,)
+            "like": seeded(torch.empty(0, site.inputs)),  # (0, in): it knows how wide W is, which itself is not read
+        }
+
+    def factors(self, _: Tensor, b: Tensor, d: Tensor, A: Tensor, B: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+        return b, B[: b.shape[0]], d, A[:, : like.shape[1]]  # (out,), (out, rank), (rank,), (rank, in)

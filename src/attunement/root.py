@@ -1,0 +1,364 @@
+"""What the root of an adapted model has besides: its adapters, the active set, and the entrances that must know of them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from attunement.attach import CONTAINER, Part, RowsElsewhere, exchange, plan_of, restore
+from attunement.compose import Active, Rows, checked, names_in
+from attunement.errors import AttunementError
+
+if TYPE_CHECKING:
+    from attunement.adapter import Adapter
+
+
+class Bench:
+    """The adapters of one model and which of them are active.
+
+    Attributes:
+        adapters: by name.
+        active: the active set as `use` was given it.
+        rows: how many rows the active set serves, 0 where it does not distinguish rows.
+        repeat: how many copies of each row come, while `generate` expands beams or samples.
+        frozen: whether each of the base's parameters required a gradient before the first adapter.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.adapters: dict[str, Adapter] = {}
+        self.active: Active = None
+        self.rows, self.repeat = 0, 1
+        self.one_by_one = False  # a site cannot tell rows apart: the model runs once per distinct adapter
+        self.hooks: dict[str, list[Any]] = {}
+        self.frozen = {name: p.requires_grad for name, p in model.named_parameters()}
+
+    # --- adapters come and go ---
+
+    def add(self, adapter: Adapter) -> None:
+        name = adapter.name
+        for number, group in enumerate(adapter.groups_):
+            if group.shared is not None:
+                container(self.model, name)._modules[f"shared-{number}"] = group.shared
+        for part in adapter.parts:
+            for module in (part.site.module, *part.twins):
+                exchange(module)
+            if part.taps:
+                exchange(part.site.place.entry)  # type: ignore[arg-type]
+            container(part.site.module, name)._modules[part.slot] = part.holder
+        self.hooks[name] = [layer.register_forward_hook(_nothing) for layer in self._fast_layers(adapter)]
+        for module in self.model.modules():
+            kept = module.__dict__.get("_gradient_checkpointing_func")
+            if kept is not None and not isinstance(kept, Recompute):
+                module._gradient_checkpointing_func = Recompute(kept, self)  # type: ignore[assignment]
+        if not self.adapters:
+            for parameter_name in self.frozen:
+                owner, _, last = parameter_name.rpartition(".")
+                self.model.get_submodule(owner)._parameters[last].requires_grad_(False)  # type: ignore[union-attr]
+        self.adapters[name] = adapter
+
+    def remove(self, adapter: Adapter) -> None:
+        name = adapter.name
+        del self.adapters[name]
+        for hook in self.hooks.pop(name):
+            hook.remove()
+        if name in set(names_in(self.active)):
+            self.active = None
+        touched = [self.model, *(m for p in adapter.parts for m in (p.site.module, *p.twins, p.site.place.entry) if m)]
+        for module in touched:
+            held = module._modules.get(CONTAINER)
+            if held is not None:
+                held._modules.pop(_safe(name), None)
+                if not held._modules:
+                    del module._modules[CONTAINER]
+        if self.adapters:
+            busy = {id(m) for a in self.adapters.values() for m in modules_of(a)} | {id(self.model)}
+            for module in touched:
+                if id(module) not in busy:
+                    restore(module)
+            self.use(self.active)
+            return
+        for module in self.model.modules():
+            if isinstance(kept := module.__dict__.get("_gradient_checkpointing_func"), Recompute):
+                module._gradient_checkpointing_func = kept.checkpoint  # type: ignore[assignment]
+        for module in touched:
+            restore(module)
+        del self.model.__dict__["_attuned_bench"]
+        for parameter_name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self.frozen.get(parameter_name, True))
+
+    def _fast_layers(self, adapter: Adapter) -> Iterator[nn.Module]:
+        """Encoder layers that would read weights past an adapted output; a hook legally turns that path off."""
+        seen: set[int] = set()
+        for part in adapter.parts:
+            if part.form not in ("output", "input"):
+                continue
+            module = self.model
+            for word in part.site.name.split(".") if part.site.name else []:
+                if isinstance(module, nn.TransformerEncoderLayer) and id(module) not in seen:
+                    seen.add(id(module))
+                    yield module
+                module = getattr(module, word)
+
+    # --- the active set ---
+
+    def use(self, active: Active) -> None:
+        """Switch, and let exactly the active trainable adapters require gradients."""
+        self.switch(active)
+        self.mark()
+
+    def switch(self, active: Active) -> None:
+        """Switch; adapters that get active and are trainable require gradients from here on, others keep what they have.
+
+        A backward pass may come after a `using` block has ended: its adapters must not stop requiring gradients.
+        """
+        tree = checked(active, self.adapters)
+        self.apply(tree)
+        self.active = active
+        self.rows = len(tree.items) if isinstance(tree, Rows) else 0
+        self.one_by_one = bool(self.rows) and any(
+            getattr(m, "batch_first", True) is False for m in self.model.modules()
+        )
+        for name in set(names_in(active)):
+            if self.adapters[name].trainable:
+                _require(self.adapters[name], True)
+
+    def mark(self) -> None:
+        """Require gradients of the adapters that are active and trainable, and of no other."""
+        active = set(names_in(self.active))
+        for name, adapter in self.adapters.items():
+            _require(adapter, adapter.trainable and name in active)
+
+    def apply(self, tree: Active) -> None:
+        """Put the plans of an active set in place, all made before the first is exchanged."""
+        modules: dict[int, nn.Module] = {}
+        held: dict[int, dict[str, list[Part]]] = {}
+        taps: dict[int, list[tuple[str, Part]]] = {}
+        for name, adapter in self.adapters.items():
+            gone = {id(entry[0]) for entry in adapter._merged or ()}
+            for part in adapter.parts:
+                for module in (part.site.module, *part.twins):
+                    modules[id(module)] = module
+                    if id(part) not in gone:
+                        held.setdefault(id(module), {}).setdefault(name, []).append(part)
+                if part.taps:
+                    entry: nn.Module = part.site.place.entry  # type: ignore[assignment]
+                    modules[id(entry)] = entry
+                    taps.setdefault(id(entry), []).append((name, part))
+        plans = [plan_of(m, tree, held.get(i, {}), taps.get(i, ())) for i, m in modules.items()]
+        for module, plan in zip(modules.values(), plans, strict=True):
+            object.__setattr__(module, "_attuned_plan", plan)
+
+    # --- rows ---
+
+    def run_rows(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's forward when each row of the batch has its own adapter."""
+        sizes = [v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()]
+        if not sizes or sizes[0] != self.rows * self.repeat:
+            came = sizes[0] if sizes else "no batch"
+            raise AttunementError(
+                f"Rows names {self.rows} rows, but the batch has {came}"
+                + (f" for {self.repeat} copies each" * (self.repeat > 1))
+            )
+        if not self.one_by_one:
+            try:
+                return forward(self.model, *args, **kwargs)
+            except RowsElsewhere:
+                self.one_by_one = True
+        if any(kwargs.get(word) is not None for word in ("past_key_values", "cache_params")):
+            raise AttunementError(
+                "Rows: a site of this model cannot tell rows apart, so a cache cannot be shared; pass use_cache=False"
+            )
+        if "use_cache" in inspect.signature(forward).parameters:
+            kwargs = {**kwargs, "use_cache": False}
+        tree = checked(self.active, self.adapters)
+        assert isinstance(tree, Rows)
+        results, members = [], []
+        try:
+            for item in dict.fromkeys(tree.items):
+                rows = [
+                    r * self.repeat + i for r, own in enumerate(tree.items) if own == item for i in range(self.repeat)
+                ]
+                index = torch.tensor(rows)
+                self.apply(item)
+                some = _rows_only((args, kwargs), index, sizes[0])
+                results.append(forward(self.model, *some[0], **some[1]))
+                members.append(index)
+        finally:
+            self.apply(tree)
+        return _joined(results, members, sizes[0])
+
+
+def _rows_only(value: Any, index: Tensor, batch: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[index.to(value.device)] if value.dim() and value.shape[0] == batch else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_rows_only(v, index, batch) for v in value)
+    if isinstance(value, dict):
+        return {k: _rows_only(v, index, batch) for k, v in value.items()}
+    return value
+
+
+def _joined(results: Sequence[Any], members: Sequence[Tensor], batch: int) -> Any:
+    """The outputs of several runs as if of one."""
+    first = results[0]
+    if isinstance(first, Tensor):
+        if not first.dim() or first.shape[0] != len(members[0]):
+            raise AttunementError(
+                "Rows: this model runs once per distinct adapter, so a loss over all rows must be computed from its logits"
+            )
+        out = first.new_empty(batch, *first.shape[1:])
+        for some, index in zip(results, members, strict=True):
+            out = out.index_copy(0, index.to(out.device), some)
+        return out
+    if isinstance(first, dict):
+        joined = {key: _joined([r[key] for r in results], members, batch) for key in first}
+        return type(first)(**joined)
+    if isinstance(first, (tuple, list)):
+        return type(first)(_joined(column, members, batch) for column in zip(*results, strict=True))
+    return first
+
+
+def modules_of(adapter: Adapter) -> Iterator[nn.Module]:
+    """Every module that an adapter touches."""
+    for part in adapter.parts:
+        yield part.site.module
+        yield from part.twins
+        if part.taps:
+            yield part.site.place.entry  # type: ignore[misc]
+
+
+def _require(adapter: Adapter, value: bool) -> None:
+    for parameter in adapter.parameters():
+        if parameter.requires_grad is not value:
+            parameter.requires_grad_(value)
+
+
+def container(module: nn.Module, name: str) -> nn.Module:
+    """The module under which an adapter's holders stand: two plain levels, since ModuleDict refuses some names."""
+    if CONTAINER not in module._modules:
+        if hasattr(module, CONTAINER):
+            raise AttunementError(f"adapt: {type(module).__name__} has an attribute {CONTAINER!r} of its own")
+        module._modules[CONTAINER] = nn.Module()
+    outer: nn.Module = module._modules[CONTAINER]  # type: ignore[assignment]
+    if _safe(name) not in outer._modules:
+        outer._modules[_safe(name)] = nn.Module()
+    return outer._modules[_safe(name)]  # type: ignore[return-value]
+
+
+_PLAIN = nn.Module()
+
+
+def _safe(name: str) -> str:
+    """A child's name under which attribute access finds the child and not something of nn.Module."""
+    return f"{name}~" if hasattr(_PLAIN, name) else name
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+class Recompute:
+    """A checkpoint function whose recomputation runs under the active set of its forward."""
+
+    def __init__(self, checkpoint: Callable[..., Any], bench: Bench) -> None:
+        self.checkpoint, self.bench = checkpoint, bench
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        bench, active = self.bench, self.bench.active
+
+        def again(*inputs: Any, **options: Any) -> Any:
+            now = bench.active
+            if now is active or now == active:
+                return function(*inputs, **options)
+            bench.switch(active)
+            try:
+                return function(*inputs, **options)
+            finally:
+                bench.switch(now)
+
+        reentrant = getattr(self.checkpoint, "keywords", {}).get("use_reentrant", False)
+        if reentrant and torch.is_grad_enabled():
+            args = _some_gradient(args)
+        return self.checkpoint(again, *args, **kwargs)
+
+
+def _some_gradient(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Reentrant checkpointing gives no gradients unless an input requires one, and under a frozen base none does."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if any(t.requires_grad for t in tensors):
+        return args
+    first = next((t for t in tensors if t.is_floating_point()), None)
+    return tuple(a.detach().requires_grad_() if a is first else a for a in args)
+
+
+def bench_of(model: nn.Module) -> Bench:
+    """The bench of an adapted model; a sentence where there is none."""
+    bench = model.__dict__.get("_attuned_bench")
+    if bench is None:
+        raise AttunementError(
+            f"this {type(model).__name__} has no adapters; adapt or load one first, on this very module"
+        )
+    return bench  # type: ignore[no-any-return]
+
+
+def root_extras(base: type, forward: Callable[..., Any]) -> dict[str, Any]:
+    """What the class of a root has besides: each only where the base class has it."""
+
+    @functools.wraps(forward)
+    def root_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bench = self._attuned_bench
+        if bench.rows:
+            return bench.run_rows(forward, args, kwargs)
+        return forward(self, *args, **kwargs)
+
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        warnings.warn(
+            "save_pretrained on an adapted model writes the base alone; save an adapter with adapter.save(folder)",
+            stacklevel=2,
+        )
+        state = kwargs.pop("state_dict", None) or self.state_dict()
+        kwargs["state_dict"] = {k: v for k, v in state.items() if f".{CONTAINER}." not in f".{k}"}
+        return base.save_pretrained(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bench = self._attuned_bench
+        config = kwargs.get("generation_config") or getattr(self, "generation_config", None)
+        repeat = [kwargs.get(w, getattr(config, w, None)) or 1 for w in ("num_beams", "num_return_sequences")]
+        bench.repeat = max(repeat)
+        try:
+            return base.generate(self, *args, **kwargs)  # type: ignore[attr-defined]
+        finally:
+            bench.repeat = 1
+
+    def _set_gradient_checkpointing(self: Any, *args: Any, **kwargs: Any) -> None:
+        base._set_gradient_checkpointing(self, *args, **kwargs)  # type: ignore[attr-defined]
+        for module in self.modules():
+            kept = module.__dict__.get("_gradient_checkpointing_func")
+            if kept is not None and not isinstance(kept, Recompute):
+                module._gradient_checkpointing_func = Recompute(kept, self._attuned_bench)
+
+    def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not args and not kwargs.get("new_num_tokens"):
+            return self.get_input_embeddings()
+        raise AttunementError(
+            "resize_token_embeddings: resize before adapting; an adapter keeps to the sizes it was made for"
+        )
+
+    extras = {
+        "save_pretrained": save_pretrained,
+        "generate": generate,
+        "_set_gradient_checkpointing": _set_gradient_checkpointing,
+        "resize_token_embeddings": resize_token_embeddings,
+    }
+    kept: dict[str, Any] = {}
+    for name, function in extras.items():
+        if (own := getattr(base, name, None)) is not None:
+            kept[name] = functools.wraps(own)(function)
+    return {"forward": root_forward, **kept}

@@ -1,0 +1,348 @@
+"""A site: one place in a model where an expression acts, and the weight there as a matrix.
+
+A `Layout` says how one kind of module holds a matrix and runs with one; methods know no layer type, layouts no method.
+Shapes: W (..., out, in); x and y channels last unless a layout says otherwise.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attunement.errors import AttunementError
+from attunement.method import split
+
+if TYPE_CHECKING:
+    from attunement.anatomy import Place, RowView
+
+
+class Layout:
+    """A parameter that is its own matrix (out, in), in a module whose forward is not known: weights enter by attribute."""
+
+    channels = -1
+    """Where the output has its channels."""
+    beside_only = False
+    """The weight cannot be replaced (it is quantised): only additive changes, run beside the layer."""
+
+    def matrix(self, parameter: Tensor) -> Tensor:
+        """The parameter as (..., out, in): a view."""
+        return parameter
+
+    def native(self, W: Tensor, parameter: Tensor) -> Tensor:
+        """(..., out, in) in the parameter's own shape."""
+        return W
+
+    def dense(self, module: nn.Module, name: str) -> Tensor:
+        """The values of the parameter, (..., out, in), detached."""
+        return self.matrix(_parameter(module, name).detach())
+
+    def size(self, module: nn.Module, name: str) -> torch.Size:
+        return self.matrix(_parameter(module, name)).shape
+
+    def known(self, module: nn.Module) -> bool:
+        """Whether `call` reproduces the module's forward."""
+        return False
+
+    def call(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The module's function with another weight and bias."""
+        raise NotImplementedError
+
+    def beside(self, module: Any, x: Tensor, chain: Sequence[Tensor]) -> Tensor:
+        """What the weight that a chain of factors is would give, without forming it."""
+        raise NotImplementedError
+
+    def absorb(self, W: Tensor, shift: Tensor) -> Tensor | None:
+        """W with a shift of the output folded in, where the layout can; else the shift needs a bias."""
+        return None
+
+
+def apply_chain(x: Tensor, chain: Sequence[Tensor]) -> Tensor:
+    """x (..., in) -> (..., out): the factors from the right, a matrix by a product, a vector or a 0-d tensor by scaling."""
+    for link in reversed(chain):
+        x = F.linear(x, link) if link.dim() == 2 else x * link
+    return x
+
+
+class LinearLayout(Layout):
+    def known(self, module: nn.Module) -> bool:
+        own = base_of(type(module))
+        return own.forward is nn.Linear.forward and own.__name__ != _READ_ONLY  # type: ignore[attr-defined]
+
+    def call(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def beside(self, module: Any, x: Tensor, chain: Sequence[Tensor]) -> Tensor:
+        return apply_chain(x, chain)
+
+
+class TransposedLayout(LinearLayout):
+    """GPT-2's `Conv1D`: the weight is (in, out)."""
+
+    def matrix(self, parameter: Tensor) -> Tensor:
+        return parameter.mT
+
+    def native(self, W: Tensor, parameter: Tensor) -> Tensor:
+        return W.mT
+
+    def known(self, module: nn.Module) -> bool:
+        return True
+
+    def call(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight.mT, bias)
+
+
+class ConvLayout(Layout):
+    """Conv1d-3d: the weight (out, in/groups, *kernel) as (out, in/groups * kernel)."""
+
+    channels = 1
+
+    def matrix(self, parameter: Tensor) -> Tensor:
+        return parameter.flatten(1)
+
+    def native(self, W: Tensor, parameter: Tensor) -> Tensor:
+        return W.reshape(parameter.shape)
+
+    def known(self, module: nn.Module) -> bool:
+        return base_of(type(module)).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+    def call(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return module._conv_forward(x, weight, bias)
+
+    def beside(self, module: Any, x: Tensor, chain: Sequence[Tensor]) -> Tensor:
+        B, A = split(chain)
+        kernel = module._parameters["weight"].shape[1:]
+        A = A.reshape(-1, *kernel)  # (r, in/groups, *kernel)
+        if B is None:
+            return module._conv_forward(x, A, None)
+        points = (1,) * (len(kernel) - 1)
+        h = module._conv_forward(x, A.repeat(module.groups, 1, *points), None)  # (batch, groups*r, *space)
+        convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(points)]
+        return convolve(h, B.reshape(*B.shape, *points), groups=module.groups)  # each group of rows on its own channels
+
+
+class EmbeddingLayout(Layout):
+    """The weight (count, width) as (out, in) = (width, count): a token is a one-hot input."""
+
+    def matrix(self, parameter: Tensor) -> Tensor:
+        return parameter.mT
+
+    def native(self, W: Tensor, parameter: Tensor) -> Tensor:
+        return W.mT
+
+    def known(self, module: nn.Module) -> bool:
+        return base_of(type(module)).forward is nn.Embedding.forward  # type: ignore[attr-defined]
+
+    def call(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.embedding(x, weight, module.padding_idx)
+
+    def beside(self, module: Any, x: Tensor, chain: Sequence[Tensor]) -> Tensor:
+        B, A = split(chain)
+        looked_up = F.embedding(x, A.mT, module.padding_idx)
+        return looked_up if B is None else F.linear(looked_up, B)
+
+    def absorb(self, W: Tensor, shift: Tensor) -> Tensor:
+        return W + shift[:, None]
+
+
+class NormLayout(Layout):
+    """A norm's weight (n,) as (n, 1)."""
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+
+    def matrix(self, parameter: Tensor) -> Tensor:
+        return parameter[:, None]
+
+    def native(self, W: Tensor, parameter: Tensor) -> Tensor:
+        return W.reshape(parameter.shape)
+
+
+class QuantisedLayout(Layout):
+    """bitsandbytes' 8-bit and 4-bit Linear: the weight stays packed, additive changes run beside."""
+
+    beside_only = True
+
+    def dense(self, module: Any, name: str) -> Tensor:
+        from attunement.quantised import dense
+
+        return dense(module)
+
+    def size(self, module: Any, name: str) -> torch.Size:
+        return torch.Size((module.out_features, module.in_features))
+
+    def known(self, module: nn.Module) -> bool:
+        return True
+
+    def beside(self, module: Any, x: Tensor, chain: Sequence[Tensor]) -> Tensor:
+        return apply_chain(x, chain)
+
+
+class PlainLayout(Layout):
+    """A parameter of any shape, taken as it is."""
+
+    def size(self, module: nn.Module, name: str) -> torch.Size:
+        return torch.Size(())
+
+
+PLAIN = PlainLayout()
+OPAQUE, LINEAR, TRANSPOSED, CONV, EMBEDDING = (
+    Layout(),
+    LinearLayout(),
+    TransposedLayout(),
+    ConvLayout(),
+    EmbeddingLayout(),
+)
+NORM_LAST, NORM_FIRST, QUANTISED = NormLayout(-1), NormLayout(1), QuantisedLayout()
+
+
+class _ExpertsTransposed(Layout):
+    """Experts stored (E, in, out)."""
+
+    def matrix(self, parameter: Tensor) -> Tensor:
+        return parameter.mT
+
+    def native(self, W: Tensor, parameter: Tensor) -> Tensor:
+        return W.mT
+
+
+EXPERTS_TRANSPOSED = _ExpertsTransposed()
+_READ_ONLY = "NonDynamicallyQuantizableLinear"  # MultiheadAttention reads the weight of its out_proj and never calls it
+_CHANNELS_SECOND = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        raise AttunementError(f"{type(module).__name__} has no parameter {name!r}")
+    return parameter
+
+
+def base_of(cls: type) -> type:
+    """The class that a module had before it was adapted."""
+    return getattr(cls, "_attuned_base", cls)
+
+
+def layout_of(module: nn.Module, parameter: str, transposed: bool = False) -> Layout | str:
+    """The layout of a parameter that is a matrix, or why it is none (the end of a sentence)."""
+    cls = type(module)
+    if isinstance(module, nn.RNNBase):
+        return f"{cls.__name__} hides its weights in flat copies that its forward reads"
+    value = module._parameters.get(parameter)
+    if value is None:
+        if hasattr(module, "parametrizations"):
+            return f"the {parameter} of this {cls.__name__} is computed by torch.nn.utils.parametrize"
+        return f"{cls.__name__} has no {parameter!r} of its own"
+    if base_of(cls).__module__.startswith("bitsandbytes."):
+        return QUANTISED
+    if parameter != "weight" or value.dim() == 3:
+        if not isinstance(module, (nn.Conv1d, nn.Embedding)):
+            if value.dim() not in (2, 3):
+                return f"{parameter!r} of {cls.__name__} has {value.dim()} dimensions, which is no matrix"
+            return EXPERTS_TRANSPOSED if transposed else OPAQUE
+    if isinstance(module, nn.Linear):
+        return LINEAR
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return CONV
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            return "an Embedding with max_norm rewrites its own weight in every forward"
+        return EMBEDDING
+    if value.dim() == 2:
+        return TRANSPOSED if base_of(cls).__name__ == "Conv1D" and hasattr(module, "nf") else OPAQUE
+    if value.dim() == 1:
+        first = isinstance(module, _CHANNELS_SECOND) or getattr(module, "data_format", "") == "channels_first"
+        return NORM_FIRST if first else NORM_LAST
+    return f"{cls.__name__} is a layer type whose weight is not known as a matrix"
+
+
+class Site:
+    """One place where an expression acts. What a method's `tensors` reads:
+
+    Attributes:
+        name: dotted path of the module.
+        parameter: name of the parameter, or None where the module's output is the site.
+        role, block, stack: where it stands, as `anatomy` found it.
+        module: the module itself.
+        outputs, inputs: the two sizes of the matrix; at an output, the channels of y and of x.
+        batch: leading sizes of stacked matrices (experts), usually ().
+    """
+
+    def __init__(self, place: Place, parameter: str | None, layout: Layout, view: RowView | None = None) -> None:
+        self.place, self.parameter, self.layout, self.view = place, parameter, layout, view
+        self.name, self.module, self.role = place.name, place.module, place.role
+        self.block, self.stack = place.block, place.stack
+        self.transparent = layout.known(place.module)
+        # whether calling the module applies this parameter: an attention's projections are read, not called
+        self.called = parameter in (None, "weight") and base_of(type(place.module)).__name__ != _READ_ONLY
+        slot = parameter or "output"
+        self.slot = slot if view is None else f"{slot}-{place.role.rpartition('.')[2]}"
+        self.key = f"{place.name}.{self.slot}" if place.name else self.slot
+        self.batch: tuple[int, ...] = ()
+        self._index: int | None = None
+        self.inputs = self.outputs = 0
+        if parameter is not None and (size := layout.size(place.module, parameter)) and len(size) >= 2:
+            self.batch, self.outputs, self.inputs = tuple(size[:-2]), size[-2], size[-1]
+            if view is not None:
+                self.outputs = view.groups * view.size
+
+    def __repr__(self) -> str:
+        return f"Site({self.key!r}, role={self.role!r}, {self.outputs} x {self.inputs})"
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's values as the method sees them, detached, float64 where the base is, else float32: (..., out, in)."""
+        assert self.parameter is not None
+        dense = self.layout.dense(self.module, self.parameter)
+        dense = dense if self.view is None else rows_of(dense, self.view)
+        dense = dense if self._index is None else dense.flatten(0, -3)[self._index]
+        return dense.to(working_dtype(dense))
+
+    reference = weight
+    """The values before quantisation where they are still known; here the weight itself."""
+
+    def single(self, index: int) -> Site:
+        """The site of one of its stacked matrices."""
+        one = copy.copy(self)
+        one.batch, one._index = (), index
+        return one
+
+    def take(self, parameter: Tensor) -> Tensor:
+        """This site's matrix out of the whole parameter."""
+        W = self.layout.matrix(parameter)
+        return W if self.view is None else rows_of(W, self.view)
+
+    def put(self, parameter: Tensor, W: Tensor) -> Tensor:
+        """The whole parameter with this site's matrix in it; out of place."""
+        if self.view is None:
+            return self.layout.native(W, parameter)
+        whole = self.layout.matrix(parameter).clone()
+        grouped = whole.unflatten(-2, (self.view.groups, -1))
+        grouped[..., self.view.start : self.view.start + self.view.size, :] = W.unflatten(-2, (self.view.groups, -1))
+        return self.layout.native(whole, parameter)
+
+    def take_bias(self, bias: Tensor) -> Tensor:
+        return bias if self.view is None else rows_of(bias[:, None], self.view)[:, 0]
+
+    def put_bias(self, bias: Tensor, part: Tensor) -> Tensor:
+        if self.view is None:
+            return part
+        whole = bias.clone()
+        whole.view(self.view.groups, -1)[:, self.view.start : self.view.start + self.view.size] = part.view(
+            self.view.groups, -1
+        )
+        return whole
+
+
+def rows_of(W: Tensor, view: RowView) -> Tensor:
+    """The rows of one role, (..., groups * size, in)."""
+    return W.unflatten(-2, (view.groups, -1))[..., view.start : view.start + view.size, :].flatten(-3, -2)
+
+
+def working_dtype(tensor: Tensor) -> torch.dtype:
+    """The precision in which adapters are kept: float64 over float64, float32 otherwise."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

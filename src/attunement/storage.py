@@ -1,0 +1,420 @@
+"""Adapters on disk: `adapter.safetensors` with the description in its header, and the same description as `adapter.json`.
+
+The header is what `load` believes; replacing that one file is the moment at which a save has happened, so that a save
+killed at any point leaves the previous adapter or the new one. Nothing is ever unpickled or executed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from attunement.adapter import Adapter, Group, attach, build, check_name, output_site
+from attunement.anatomy import Place, RowView
+from attunement.errors import AttunementError, nearest
+from attunement.method import Method, method_from, split
+from attunement.method import method as method_named
+from attunement.site import PLAIN, Site, layout_of
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+TENSORS, DESCRIPTION, FORMAT = "adapter.safetensors", "adapter.json", 1
+_SAMPLES = 16
+
+
+def save(adapter: Adapter, path: str | PathLike[str], format: str = "attunement") -> None:
+    """Write an adapter to a folder; see `Adapter.save`.
+
+    Raises:
+        AttunementError: an unknown format, a path that is a file, or what the format cannot express.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise AttunementError(f"save: {str(path)!r} is a file; an adapter is saved to a folder")
+    if format == "peft":
+        from attunement import peft
+
+        peft.save(adapter, folder)
+        return
+    if format != "attunement":
+        raise AttunementError(
+            f"save: format must be 'attunement' or 'peft', got {format!r}{nearest(str(format), ('attunement', 'peft'))}"
+        )
+    text = json.dumps(describe(adapter), indent=1)
+    tensors = {key: tensor.contiguous() for key, tensor in adapter.state().items()}
+    write_atomically(folder, tensors, {"attunement": text}, {DESCRIPTION: text}, TENSORS)
+
+
+def write_atomically(
+    folder: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], texts: Mapping[str, str], name: str
+) -> None:
+    """Write tensors and texts beside the folder, then move them into it: the tensors first, in one rename."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir()
+        save_file({k: v.to("cpu") for k, v in tensors.items()}, draft / name, metadata=metadata)
+        for file, text in texts.items():
+            (draft / file).write_text(text, encoding="utf-8")
+        for file in draft.iterdir():
+            _sync(file)
+        if folder.exists():
+            for file in (name, *texts):
+                os.replace(draft / file, folder / file)
+        else:
+            os.rename(draft, folder)
+        _sync(folder.parent)
+    except OSError as error:
+        raise AttunementError(f"save: {str(folder)!r} could not be written: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise AttunementError(f"save: {str(folder)!r} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def describe(adapter: Adapter) -> dict[str, Any]:
+    """An adapter without its tensors, as plain data."""
+    from attunement import __version__
+
+    config = getattr(adapter.model, "config", None)
+    origin = str(getattr(config, "_name_or_path", "") or "")
+    return {
+        "format": FORMAT,
+        "attunement": __version__,
+        "name": adapter.name,
+        "base": {"class": type(adapter.model).__name__, "id": Path(origin).name if os.path.isabs(origin) else origin},
+        "methods": [
+            {
+                "method": group.method.describe(),
+                "on": group.on,
+                "sites": [
+                    {
+                        "name": site.name,
+                        "parameter": site.parameter,
+                        "role": site.role,
+                        "block": site.block,
+                        "stack": site.stack,
+                        "view": site.view,
+                        "transposed": site.place.transposed,
+                        "entry": _path_of(adapter.model, site.place.entry),
+                    }
+                    for site in (part.site for part in group.parts)
+                ],
+            }
+            for group in adapter.groups_
+        ],
+        "fingerprint": fingerprint(adapter),
+        "metrics": adapter.metrics,
+    }
+
+
+def _path_of(model: nn.Module, module: nn.Module | None) -> str | None:
+    return None if module is None else next(path for path, m in model.named_modules() if m is module)
+
+
+# --- which base an adapter belongs to ---
+
+
+def fingerprint(adapter: Adapter) -> dict[str, Any]:
+    """Size, precision and a few values of every touched weight, less what the adapter itself carries."""
+    if adapter._fingerprint is not None:
+        return adapter._fingerprint
+    prints = {}
+    for part in adapter.parts:
+        site = part.site
+        if site.parameter is not None:
+            values = part.method.carried(site.weight, **part.values("carried"))
+            prints[part.key] = {
+                "shape": list(site.weight.shape),
+                "dtype": str(site.module._parameters[site.parameter].dtype).removeprefix("torch."),  # type: ignore[union-attr]
+                "values": _sampled(values),
+            }
+    return prints
+
+
+def _sampled(values: Tensor) -> list[float]:
+    flat = values.flatten()
+    if not flat.numel() or flat.is_meta:
+        return []
+    where = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
+    return [float(f"{value:.7g}") for value in whole_values(flat, where).tolist()]
+
+
+def whole_values(flat: Tensor, where: Tensor) -> Tensor:
+    flat = flat.full_tensor() if hasattr(flat, "full_tensor") else flat
+    return flat[where.to(flat.device)]
+
+
+def _check_base(adapter: Adapter, saved: Mapping[str, Any], strict: bool) -> None:
+    """Refuse a base whose weights differ from those that the adapter was made on."""
+    here = fingerprint(adapter)
+    for key, print_ in saved.items():
+        own = here.get(key)
+        if own is None:
+            continue
+        if list(own["shape"]) != list(print_["shape"]):
+            raise AttunementError(
+                f"load: {key} has shape {own['shape']} here and {print_['shape']} in the adapter's base"
+            )
+        a, b = print_["values"], own["values"]
+        if not strict or not a or not b or len(a) != len(b):
+            continue
+        size = math.sqrt(sum(x * x for x in a))
+        apart = math.sqrt(sum((x - y) ** 2 for x, y in zip(a, b, strict=True))) / (size or 1.0)
+        if not apart <= _tolerance(print_["dtype"], own["dtype"]):
+            raise AttunementError(
+                f"load: the base differs from the one the adapter was made on: {key} is {apart:.1%} apart; "
+                "load the right base, or pass strict=False"
+            )
+
+
+def _tolerance(saved: str, here: str) -> float:
+    """How far values may be apart: another rounding of the same base is the same base."""
+    if saved == here:
+        return 1e-5
+    rounding = {"float64": 1e-6, "float32": 1e-6, "float16": 1e-3, "bfloat16": 1e-2}
+    return max(rounding.get(saved, 0.4), rounding.get(here, 0.4))
+
+
+# --- load ---
+
+
+def load(
+    model: nn.Module,
+    path: str | PathLike[str],
+    name: str | None = None,
+    *,
+    trainable: bool = False,
+    strict: bool = True,
+) -> Adapter:
+    """Put a saved adapter on a model and make it the active one, alone.
+
+    Args:
+        path: a folder that `save` wrote, a folder that PEFT wrote, or `user/repository` on the hub.
+        name: the name on this model; by default the one it was saved under.
+        trainable: whether training goes on; by default a loaded adapter is frozen.
+        strict: refuse a base whose touched weights are not those that the adapter was made on.
+
+    Raises:
+        AttunementError: a file that is missing, truncated or no safetensors file; tensors that are missing, unexpected,
+            ill-shaped or not finite; a site that the model does not have; a method that is not registered; another base.
+    """
+    folder = _folder(path)
+    if not (folder / TENSORS).exists() and (folder / "adapter_config.json").exists():
+        from attunement import peft
+
+        return peft.load(model, folder, name or "default", trainable)
+    tensors, metadata = read(folder / TENSORS)
+    try:
+        said = json.loads(metadata["attunement"])
+        methods = said["methods"]
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise AttunementError(
+            f"load: {str(folder / TENSORS)!r} has no description of an adapter in its header"
+        ) from None
+    if said.get("format") != FORMAT:
+        raise AttunementError(f"load: the adapter has format {said.get('format')!r}, this version reads {FORMAT}")
+    name = name or str(said.get("name"))
+    check_name(model, name)
+    groups = []
+    for entry in methods:
+        method = method_from(entry["method"])
+        groups.append(Group(method, str(entry["on"]), [_site(model, method, site) for site in entry["sites"]]))
+    for group in groups:
+        for site in group.sites:
+            if (reason := group.method.refuse(site)) is not None:
+                raise AttunementError(f"load: {type(group.method).__name__} cannot act on {site.key}: {reason}")
+    adapter = build(model, groups, name)
+    adapter.metrics = dict(said.get("metrics") or {})
+    _check_base(adapter, said.get("fingerprint") or {}, strict)
+    adapter.load_state(tensors)
+    adapter._trainable = trainable
+    return attach(adapter)
+
+
+def _folder(path: str | PathLike[str]) -> Path:
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    text = str(path)
+    if folder.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise AttunementError(
+            f"load: there is no folder {text!r}; expected a folder with {TENSORS}, or 'user/repository' on the hub"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=["adapter*.json", "adapter*.safetensors"]))
+    except Exception as error:
+        raise AttunementError(f"load: {text!r} is no folder here and could not be had from the hub: {error}") from error
+
+
+def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the header of a safetensors file."""
+    if not file.exists():
+        raise AttunementError(f"load: there is no {file.name!r} in {str(file.parent)!r}")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise AttunementError(f"load: {str(file)!r} is truncated or no safetensors file: {error}") from None
+
+
+def _site(model: nn.Module, method: Method, said: Mapping[str, Any]) -> Site:
+    """A site of this model from its description."""
+    module, entry = _module(model, said["name"]), said.get("entry")
+    parameter = said["parameter"]
+    view = RowView(*said["view"]) if said.get("view") else None
+    place = Place(
+        name=said["name"],
+        module=module,
+        role=said["role"],
+        block=said["block"],
+        stack=said["stack"],
+        parameter=parameter,
+        view=view,
+        transposed=bool(said.get("transposed")),
+        entry=None if entry is None else _module(model, entry),
+    )
+    made: Any
+    if parameter is None:
+        made = output_site(place)
+        made = made if isinstance(made, Site) else made[1]
+    elif method.acts_on == "parameter":
+        made = Site(place, parameter, PLAIN) if module._parameters.get(parameter) is not None else "it is not there"
+    else:
+        layout = layout_of(module, parameter, place.transposed)
+        made = layout if isinstance(layout, str) else Site(place, parameter, layout, view)
+    if isinstance(made, str):
+        raise AttunementError(f"load: {said['name']}.{parameter or 'output'}: {made}")
+    return made  # type: ignore[no-any-return]
+
+
+def _module(model: nn.Module, path: str) -> nn.Module:
+    modules = dict(model.named_modules())
+    if path not in modules:
+        raise AttunementError(f"load: this {type(model).__name__} has no module {path!r}{nearest(path, modules)}")
+    return modules[path]
+
+
+def push(adapter: Adapter, repository: str, **options: Any) -> str:
+    """Upload an adapter to the hub; see `Adapter.push`. `options` go to `huggingface_hub`'s `create_repo`."""
+    import tempfile
+
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory() as folder:
+        save(adapter, Path(folder) / "adapter")
+        api = HfApi()
+        address = api.create_repo(repository, exist_ok=True, **options)
+        api.upload_folder(repo_id=repository, folder_path=str(Path(folder) / "adapter"))
+    return str(address)
+
+
+# --- conversion ---
+
+
+def to_lora(adapter: Adapter, rank: int | None = None, name: str | None = None) -> Adapter:
+    """A new adapter of plain LoRA with the same change: exact where the factors' rank allows, else the best of that rank.
+
+    Servers read LoRA only. The relative error ||D - BA|| / ||D|| of every site (Frobenius norm, 0 where exact) stands in
+    `.info["errors"]`, the largest of them in `.info["error"]`. Trained parameters such as heads are taken over as they are.
+
+    Args:
+        rank: by default the largest rank of the adapter's own factors.
+        name: by default the adapter's name with "-lora" behind it.
+
+    Raises:
+        AttunementError: for a part that is no change of a weight, or a rank that is missing where no factors give one.
+    """
+    from attunement.merging import unmergeable
+
+    lora = method_named("lora")
+    model, name = adapter.model, name or f"{adapter.name}-lora"
+    check_name(model, name)
+    changes, kept = {}, []
+    for part in adapter.parts:
+        if part.method.acts_on == "parameter":
+            kept.append(part)
+            continue
+        why = None if part.additive else unmergeable(part)
+        if why is not None or part.site.batch:
+            raise AttunementError(f"to_lora: {part.key}: {why or 'LoRA on stacked experts is read by no server'}")
+        shift = (
+            part.method.bias(torch.zeros(part.site.outputs), **part.values("bias"))
+            if hasattr(part.method, "bias")
+            else None
+        )
+        if shift is not None and bool((shift != 0).any()):
+            raise AttunementError(
+                f"to_lora: {part.key}: {type(part.method).__name__} shifts the bias, which LoRA cannot"
+            )
+        changes[part] = _factored(part)
+    ranks = [B.shape[1] for B, _, exact in changes.values() if exact]
+    if rank is None and len(ranks) < len(changes):
+        raise AttunementError("to_lora: this adapter's changes have full rank; say which rank to convert to")
+    rank = max(ranks, default=1) if rank is None else rank
+    errors, values, by_rank = {}, {}, {}
+    for part, (B, A, exact) in changes.items():
+        own = min(rank, part.site.inputs, part.site.outputs)
+        if not (exact and B.shape[1] <= own):
+            U, S, Vh = torch.linalg.svd(B @ A, full_matrices=False)
+            total = S.square().sum().sqrt()
+            errors[part.key] = float(S[own:].square().sum().sqrt() / total) if total > 0 else 0.0
+            B, A = U[:, :own] * S[:own], Vh[:own]
+        else:
+            errors[part.key] = 0.0
+        values[part.key] = (B, A)
+        by_rank.setdefault(own, []).append(part.site)
+    groups = [Group(lora(rank=r, alpha=r), f"to_lora({adapter.name})", sites) for r, sites in by_rank.items()]
+    groups += [
+        Group(g.method, g.on, [p.site for p in g.parts]) for g in adapter.groups_ if g.parts and g.parts[0] in kept
+    ]
+    made = build(model, groups, name)
+    with torch.no_grad():
+        for part in made.parts:
+            if part.key in values:
+                B, A = values[part.key]
+                part.holder._parameters["B"].zero_()[:, : B.shape[1]] = B  # type: ignore[union-attr]
+                part.holder._parameters["A"].zero_()[: A.shape[0]] = A  # type: ignore[union-attr]
+        own = {part.key: part for part in made.parts}
+        for part in kept:
+            for word, value in part.holder.state_dict().items():
+                own[part.key].holder.state_dict()[word].copy_(value)
+    made.info.update(errors=errors, error=max(errors.values(), default=0.0))
+    return attach(made)
+
+
+@torch.no_grad()
+def _factored(part: Any) -> tuple[Tensor, Tensor, bool]:
+    """A part's change as B (out, r), A (r, in), and whether r is what its own factors have."""
+    W = part.site.weight
+    if part.weight_form == "factors":
+        B, A = split(part.method.factors(W, **part.values("factors")))
+        if B is not None:
+            return B, A, True
+        D = A
+    else:
+        D = part._new_weight(W, part.values(part.weight_form)) - W
+    return torch.eye(D.shape[0], dtype=D.dtype, device=D.device), D, False

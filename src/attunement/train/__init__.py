@@ -1,0 +1,1 @@
+"""Training from Python (`Trainer`, `Callback`) and from recipe files (`attune train`)."""

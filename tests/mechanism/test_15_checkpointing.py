@@ -1,0 +1,155 @@
+"""Point 15: recomputation runs the plan of its forward, whatever is active when it happens."""
+
+import warnings
+
+import pytest
+import torch
+from hostile import RECIPES, adapted, bert, close, gpt2, gradients, ids, llama, perturb, tower
+from torch.utils.checkpoint import checkpoint
+
+import attunement as at
+
+WHAT = {
+    "one": "a",
+    "other": "b",
+    "sum": at.Sum("a", "b"),
+    "stack": at.Stack("a", "b"),
+    "rows": at.Rows(["a", "b", None]),
+}
+RECIPE = {
+    "lora": {"attention.*": at.LoRA(rank=2)},
+    "mixed": {"attention.*": at.LoRA(rank=2), "mlp": at.Bottleneck(size=3), "norm": at.Train()},
+    "vera": {"mlp.{up,down}": at.VeRA(rank=4)},
+    "dora": {"attention.*": at.DoRA(rank=2)},
+}
+
+
+def enable(model, reentrant):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+
+
+def run(make, recipe, what, reentrant=None, when="after", inside=False):
+    """Gradients of both adapters, the forward in a `using` block and the backward outside of it (or inside)."""
+    model = make().train()
+    if reentrant is not None and when == "before":
+        enable(model, reentrant)
+    adapters = [perturb(at.adapt(model, RECIPE[recipe], name=name), seed=i) for i, name in enumerate("ab")]
+    if reentrant is not None and when == "after":
+        enable(model, reentrant)
+    at.use(model, None)
+    recomputed = []
+    counted = [m for m in model.modules() if type(m).__name__ in ("LlamaMLP", "BertIntermediate", "GPT2MLP")]
+    handles = [m.register_forward_hook(lambda *_: recomputed.append(1)) for m in counted]
+    with at.using(model, what):
+        out = model(ids())
+        loss = (out.logits if "logits" in out else out.last_hidden_state).square().sum()
+        if inside:
+            loss.backward()
+    if not inside:
+        loss.backward()
+    for handle in handles:
+        handle.remove()
+    assert len(recomputed) == len(counted) * (1 if reentrant is None else 2), "checkpointing did not take place"
+    return loss.detach(), {(x.name, n): p.grad for x in adapters for n, p in x.named_parameters()}
+
+
+def equal(left, right):
+    assert close(left[0], right[0])
+    assert any(g is not None and g.abs().sum() > 0 for g in right[1].values())
+    for key, expected in right[1].items():
+        if expected is None or not expected.abs().sum():
+            assert left[1][key] is None or not left[1][key].abs().sum(), f"{key} got a gradient of another plan"
+        else:
+            assert left[1][key] is not None, f"{key} lost its gradient"
+            assert close(left[1][key], expected, 1e-4), key
+
+
+def test_a_backward_after_using_reaches_the_adapter():
+    """Leaving the block must not take the gradient away, checkpointing or not."""
+    equal(run(llama, "mixed", "a"), run(llama, "mixed", "a", inside=True))
+
+
+@pytest.mark.parametrize("what", WHAT)
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_equal_those_without(reentrant, when, what):
+    plain = run(llama, "mixed", WHAT[what])
+    equal(run(llama, "mixed", WHAT[what], reentrant, when), plain)
+
+
+@pytest.mark.parametrize("make", [llama, bert, gpt2], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("recipe", RECIPE)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_for_every_form_and_kind_of_layer(reentrant, recipe, make):
+    plain = run(make, recipe, "b")
+    equal(run(make, recipe, "b", reentrant), plain)
+    equal(run(make, recipe, "b", reentrant, inside=True), plain)
+
+
+def test_two_forwards_before_one_backward():
+    """Contrastive and preference losses run two plans and then go back through both."""
+    model = llama().train()
+    a, b = (perturb(at.adapt(model, RECIPE["mixed"], name=name), seed=i) for i, name in enumerate("ab"))
+
+    def both():
+        losses = []
+        for what in ("a", "b", None):
+            with at.using(model, what):
+                losses.append(model(ids()).logits.square().sum())
+        (losses[0] - 2 * losses[1] + losses[2].detach()).backward()
+        found = [gradients(a), gradients(b)]
+        for p in (*a.parameters(), *b.parameters()):
+            p.grad = None
+        return found
+
+    plain = both()
+    for reentrant in (False, True):
+        enable(model, reentrant)
+        for one, other in zip(both(), plain, strict=True):
+            assert all(close(one[key], other[key], 1e-4) for key in other)
+
+
+def test_switched_off_again_and_detached():
+    model = llama().train()
+    adapter = adapter_of = perturb(at.adapt(model, RECIPE["lora"], name="a"))
+    enable(model, False)
+    model.gradient_checkpointing_disable()
+    model(ids()).logits.square().sum().backward()
+    gradients(adapter_of)
+    enable(model, False)
+    adapter.detach()
+    model(ids()).logits.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_dropout_draws_the_same_mask_again(reentrant):
+    grads = []
+    for checkpointing in (None, reentrant):
+        model = llama().train()
+        adapter = perturb(at.adapt(model, {"attention.*": at.LoRA(rank=2, dropout=0.5)}))
+        if checkpointing is not None:
+            enable(model, checkpointing)
+        torch.manual_seed(8)
+        model(ids()).logits.square().sum().backward()
+        grads.append(gradients(adapter))
+    assert all(close(grads[1][key], grads[0][key], 1e-4) for key in grads[0])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_written_by_hand(reentrant, recipe):
+    """torch's own function around a block, with the plan still active at the backward."""
+    model = tower().train()
+    adapter = adapted(model, recipe)
+    model(ids()).square().sum().backward()
+    expected = gradients(adapter)
+    for p in adapter.parameters():
+        p.grad = None
+    x = model.embedding(ids()).detach().requires_grad_()
+    for block in model.blocks:
+        x = checkpoint(block, x, use_reentrant=reentrant)
+    model.norm(x).square().sum().backward()
+    assert all(close(value, expected[key], 1e-4) for key, value in gradients(adapter).items())

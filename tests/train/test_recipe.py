@@ -1,0 +1,125 @@
+"""Recipe files: what is read, what an override changes, what is refused and with which sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import attunement as at
+from attunement.train.recipe import Recipe, load, schema
+from attunement.train.section import read
+
+MINIMAL = {"model": "some/model", "data": "rows.csv", "task": "classification"}
+
+
+def test_shorthands_mean_what_the_long_forms_mean() -> None:
+    short = read(Recipe, MINIMAL, "x")
+    long = {"model": {"path": "some/model"}, "data": {"train": "rows.csv"}, "task": {"kind": "classification"}}
+    assert short == read(Recipe, long, "x")
+
+
+def test_a_recipe_survives_its_own_plain_data() -> None:
+    recipe = read(Recipe, MINIMAL | {"adapter": {"attention.query": {"method": "lora", "rank": 2}, "head": None}}, "x")
+    assert read(Recipe, recipe.plain() | {"adapter": recipe.adapter}, "x") == recipe
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"trainin": {}}, r"unknown key 'trainin'.*nearest: 'training'"),
+        ({"data": {"trian": "x.csv"}}, r"unknown key 'data.trian'.*nearest: 'train'"),
+        ({"task": {"kind": "clasification"}}, r"task.kind must be one of .*nearest: 'classification'"),
+        ({"task": {"kind": "classification", "poling": "mean"}}, r"unknown key 'task.poling'.*nearest: 'pooling'"),
+        ({"task": {"kind": "classification", "pooling": "max"}}, r"task.pooling must be 'model', 'mean' or 'cls'"),
+        ({"task": {}}, r"task needs a key 'kind'"),
+        ({"training": {"learning_rat": 1}}, r"unknown training argument 'learning_rat'; nearest: 'learning_rate'"),
+        ({"training": {"learning_rate": -1}}, r"training.learning_rate must be greater than 0, got -1"),
+        ({"training": {"output_dir": "x"}}, r"'output_dir' is set by the recipe itself"),
+        ({"data": {"holdout": 1.5}}, r"data.holdout must be less than 1"),
+        ({"adapter": {"method": "lorra"}}, r"there is no 'lorra'; nearest: .*'lora'"),
+        ({"adapter": {"method": "lora", "rnk": 8}}, r"has no field 'rnk'.*nearest: 'rank'"),
+        ({"adapter": {"method": "lora", "rank": 0}}, r"rank must be greater than 0, got 0"),
+        ({"adapter": {"attention.query": {"rank": 8}}}, r"adapter.attention.query: expected the name of a method"),
+        ({"adapter": {}}, r"adapter: expected"),
+    ],
+)
+def test_refusals(values: dict, sentence: str) -> None:
+    with pytest.raises(at.AttunementError, match=sentence) as caught:
+        read(Recipe, MINIMAL | values, "recipe.yaml")
+    assert str(caught.value).startswith("recipe.yaml: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(at.AttunementError, match="the key 'task' is missing"):
+        read(Recipe, {"model": "m", "data": "d.csv"}, "recipe.yaml")
+
+
+def test_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "banking.yaml"
+    file.write_text(yaml.safe_dump(MINIMAL | {"adapter": {"attention.{query,value}": {"method": "lora", "rank": 2}}}))
+    recipe = load(
+        file,
+        [
+            "training.learning_rate=5e-4",
+            "adapter.attention.{query,value}.rank=16",
+            "task.pooling=mean",
+            "model.dtype=bfloat16",
+            "data.columns={label: intent}",
+            "seed=3",
+        ],
+    )
+    assert recipe.training.learning_rate == 5e-4
+    assert recipe.methods()[0]["attention.{query,value}"].rank == 16
+    assert (recipe.task.pooling, recipe.task.kind, recipe.seed) == ("mean", "classification", 3)
+    assert (recipe.model.path, recipe.model.dtype) == ("some/model", "bfloat16")
+    assert recipe.data.columns == {"label": "intent"}
+    assert recipe.output == str(Path("runs/banking"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["training.learning_rte=1"], "unknown training argument 'learning_rte'; nearest: 'learning_rate'"),
+        (["seed"], "expected key=value, got 'seed'"),
+        (["seed.x=1"], "'seed' is not a mapping but 3"),
+    ],
+)
+def test_refused_overrides(tmp_path: Path, overrides: list[str], sentence: str) -> None:
+    file = tmp_path / "banking.yaml"
+    file.write_text(yaml.safe_dump(MINIMAL | {"seed": 3}))
+    with pytest.raises(at.AttunementError, match=sentence):
+        load(file, overrides)
+
+
+def test_a_file_that_is_not_there_or_not_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "banking.yaml").write_text("model: [")
+    (tmp_path / "list.yaml").write_text("- model")
+    with pytest.raises(at.AttunementError, match=r"there is no recipe file .*nearest: .*banking.yaml"):
+        load(tmp_path / "bankin.yaml")
+    with pytest.raises(at.AttunementError, match="not readable as YAML"):
+        load(tmp_path / "banking.yaml")
+    with pytest.raises(at.AttunementError, match="expected keys such as model"):
+        load(tmp_path / "list.yaml")
+
+
+def test_schema_knows_every_key_and_method() -> None:
+    made = json.loads(json.dumps(schema()))
+    assert set(made["properties"]) == set(Recipe.model_fields)
+    assert "warmup_steps" in made["$defs"]["Training"]["properties"]
+    assert set(at.methods()) <= set(made["$defs"])
+    assert made["$defs"]["low_rank/lora"]["properties"]["rank"]["exclusiveMinimum"] == 0
+
+
+def test_schema_accepts_and_refuses_as_the_reader_does() -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    check = jsonschema.Draft202012Validator(schema())
+    good = MINIMAL | {"adapter": {"method": "lora", "rank": 4, "on": "*"}, "training": {"warmup_steps": 5}}
+    several = MINIMAL | {"adapter": {"attention.query": {"method": "low_rank/lora"}, "norm": "train", "head": None}}
+    for recipe in (MINIMAL, good, several):
+        assert check.is_valid(recipe), [error.message for error in check.iter_errors(recipe)]
+    for change in ({"adapter": {"method": "lorra"}}, {"seeds": 1}, {"training": {"learning_rat": 1}}, {"task": {"kind": "x"}}):
+        assert not check.is_valid(MINIMAL | change)
