@@ -8,13 +8,15 @@ from attunement.adapter import Adapter, adapt, adapters, detach, use, using
 from attunement.anatomy import anatomy
 from attunement.compose import Average, Rows, Stack, Sum, Weighted
 from attunement.errors import AttunementError
-from attunement.method import Method, OutputMethod, ParameterMethod, WeightMethod, method, methods, register
 from attunement.methods import *  # noqa: F403
 from attunement.methods import __all__ as _methods
 from attunement.storage import load, to_lora
 
 if TYPE_CHECKING:
     from attunement.train.trainer import Callback, Trainer
+
+# after the package `attunement.methods`, whose name the function takes
+from attunement.method import Method, OutputMethod, ParameterMethod, WeightMethod, method, methods, register  # noqa: E402, I001
 
 __version__ = "0.1.0"
 

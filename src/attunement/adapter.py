@@ -285,7 +285,7 @@ def size_of(count: float) -> str:
 
 
 def _is_ours(name: str) -> bool:
-    return f".{CONTAINER}." in f".{name}"
+    return CONTAINER in name.split(".")
 
 
 # --- adapt ---
@@ -359,8 +359,9 @@ def chosen(structure: Anatomy, recipe: Any, on: Any) -> list[Group]:
             raise AttunementError(f"adapt: {selection!r} must have a method such as LoRA(rank=8), got {method!r}")
     heads = {} if any(_names_head(selection) for selection, _ in pairs) else {p.name: p for p in structure.task_heads}
     groups = [_group(structure, selection, method, heads) for selection, method in pairs if method is not None]
-    if heads:
-        groups.append(_group(structure, "head", method_named("train")(), {}, list(heads.values())))
+    taken = {site.name for group in groups if group.method.acts_on == "parameter" for site in group.sites}
+    if left := [place for name, place in heads.items() if name not in taken]:
+        groups.append(_group(structure, "head", method_named("train")(), {}, left))
     _refuse_twice(groups)
     return groups
 
@@ -375,7 +376,7 @@ def _group(
     explicit = selection is not None and not (isinstance(selection, str) and selection.startswith(("*", "type:")))
     explicit = explicit and not (isinstance(selection, str) and selection.strip() == "*")
     selection = method.placement if selection is None else selection
-    places = select(structure, selection) if places is None else places
+    places = [p for p in select(structure, selection) if not _is_ours(p.name)] if places is None else places
     group = Group(method, selection if isinstance(selection, str) else getattr(selection, "__name__", "predicate"), [])
     inside = tuple(f"{name}." for name in heads)
     for place in places:
@@ -418,7 +419,7 @@ def sites_of(structure: Anatomy, method: Method, place: Place) -> Iterator[Site 
     if method.acts_on == "parameter":
         yield from _parameter_sites(place)
     elif method.acts_on == "output":
-        yield output_site(place)
+        yield output_site(method, place)
     else:
         inner = place.members or (_matrices_under(structure, place) if _is_container(place) else ())
         if not inner:
@@ -428,6 +429,9 @@ def sites_of(structure: Anatomy, method: Method, place: Place) -> Iterator[Site 
             made = _matrix_site(method, member)
             if isinstance(made, Site):
                 yield made
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _is_container(place: Place) -> bool:
@@ -454,12 +458,23 @@ def _matrix_site(method: Method, place: Place) -> Site | str:
     site = Site(place, parameter, layout, place.view)
     if site.inputs == 1 and not hasattr(method, "output") and layout.matrix is not OPAQUE.matrix:
         return "a norm's weight is a vector"
+    if hasattr(method, "bias") and not site.called and site.bias not in place.module._parameters:
+        return f"{type(place.module).__name__} has no {site.bias!r} to go with its {parameter!r}"
     return site
 
 
-def output_site(place: Place) -> Site | tuple[str, str]:
+def output_site(method: Method, place: Place) -> Site | tuple[str, str]:
+    """The output of a module as a site, or (where, why not)."""
     module = place.module
     where = place.name or type(module).__name__
+    if place.view is not None:
+        return where, "only the whole output of a fused matrix is a site; select that"
+    if isinstance(module, nn.Embedding) and (hasattr(method, "input") or method.reads_input()):
+        return where, "what enters an Embedding are ids"
+    if isinstance(module, _CONVOLUTIONS) and method.reads_input():
+        return where, "what enters a convolution has other positions than what leaves it"
+    if hasattr(method, "input") and place.entry not in (None, module):
+        return where, "what enters this sublayer enters several modules; select one of them"
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return where, f"a {type(module).__name__} runs or lists its children; choose its last module"
     if place.parameter is not None and place.parameter != "weight":
@@ -471,6 +486,7 @@ def output_site(place: Place) -> Site | tuple[str, str]:
     matrix = None if isinstance(layout, str) else layout.size(module, "weight")
     if matrix is not None:
         site.outputs, site.inputs = matrix[-2], matrix[-1] if matrix[-1] > 1 else matrix[-2]
+        site.inputs = getattr(module, "in_channels", site.inputs)
     else:
         widths = [p.shape[-1] for p in module.parameters() if p.dim() >= 2]
         if not widths:
@@ -494,6 +510,7 @@ def _parameter_sites(place: Place) -> Iterator[Site | tuple[str, str]]:
             Place(name=name, module=module, role=one.role, block=one.block, stack=one.stack)
             for one in within
             for name, module in one.module.named_modules(prefix=one.name)
+            if not _is_ours(name)
         ]
     for owner in owners:
         names = [place.parameter] if place.parameter is not None else list(owner.module._parameters)

@@ -1,30 +1,31 @@
-"""What the modules of a model are: repeated blocks, and the role of every matrix, from structure first and names second.
+"""What the modules of a model are: its repeated blocks and the role of every matrix, structure first, names second.
 
 >>> print(anatomy(model))                     # a tree of blocks, roles, types, shapes and parameters
 >>> anatomy(model).blocks[0].members          # the places inside the first block
 
 Roles:
 
-=============================== =======================================================================================
-`embedding`                     token embeddings; `embedding.position`, `embedding.type`, `embedding.relative` the others
-`block`                         one item of a stack of repeated blocks
-`attention`                     one attention as a whole; `.query .key .value .qkv .kv .output` its matrices
-`cross_attention`               the same for an attention over another sequence; the word `attention` selects both
-`mlp`                           one feed-forward part as a whole; `.up .gate .gate_up .down` its matrices
-`experts`, `router`             a bank of 3-D expert matrices (`experts.up .gate .gate_up .down`) and what chooses among them
-`norm`, `conv`, `pooler`        by themselves
-`head`                          the matrices after the backbone
-=============================== =======================================================================================
+============================ ==========================================================================================
+`embedding`                  token embeddings; others are `embedding.position`, `embedding.type`, `embedding.relative`
+`block`                      one item of a stack of repeated blocks
+`attention`                  one attention as a whole; `.query .key .value .qkv .kv .output` its matrices
+`cross_attention`            the same over another sequence; the word `attention` selects both
+`mlp`                        one feed-forward part as a whole; `.up .gate .gate_up .down` its matrices
+`experts`, `router`          a bank of expert matrices (`.up .gate .gate_up .down`), and what chooses among them
+`norm`, `conv`, `pooler`     by themselves
+`head`                       the matrices after the backbone
+============================ ==========================================================================================
 
-What a model feeds where is not run but read off: lists of like modules are stacks of blocks; inside a block the width is
-what its query takes in; a feed-forward part is a matrix that leaves the width and one that comes back to it.
-Limits: a model whose roles cannot be found still has its names and module types.
+What feeds what is read off, nothing is run: lists of like modules are stacks of blocks; the width of a block is what
+its query takes in; a feed-forward part is a matrix that leaves the width and one that comes back to it. Names decide
+among matrices of one shape, and where the rows of a fused matrix lie.
+Limits: a model whose roles cannot be found (state-space mixers, for one) still has its names and module types.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,7 +41,7 @@ CONTAINER = "attuned"
 
 
 class RowView(NamedTuple):
-    """Rows of a matrix that play one role: the rows seen as (groups, rows/groups), of which start:start+size in every group.
+    """Rows of a matrix that play one role: seen as (groups, rows/groups), they are start:start+size of every group.
 
     Contiguous thirds of a fused qkv: RowView(1, 0, d); GPT-NeoX, interleaved per head: RowView(heads, 0, head_dim);
     gate and up interleaved row by row: RowView(I, 0, 1).
@@ -61,7 +62,7 @@ class Place:
     role: what it does, "" if unknown.
     block: index within its stack of repeated blocks, None outside of one.
     stack: "" for a model with one stack, else "encoder", "decoder", "text", "vision", "audio" or the name of the part.
-    parameter: None for the module's own `weight` or the module as a whole, else the name of the parameter that is meant.
+    parameter: None for the module's own `weight` or the module as a whole, else the name of the parameter meant.
     view: the rows of one role inside a fused matrix.
     transposed: the parameter is stored (..., in, out).
     entry: for a sublayer, the module whose first input is the sublayer's input; None where `module` takes it itself.
@@ -122,7 +123,9 @@ class Anatomy:
 
         chosen: module path -> short text to show beside it; blocks with different texts are not folded.
         """
-        return _draw(self, chosen or {}, width)
+        from attunement.tree import draw  # rich is imported only to print
+
+        return draw(self, chosen or {}, width)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.tree(width=options.max_width)
@@ -151,13 +154,15 @@ def anatomy(model: nn.Module) -> Anatomy:
 class _Node:
     """A module on its way to become a place."""
 
-    __slots__ = ("block", "children", "inputs", "kind", "leaf", "matrices", "module", "name", "outputs", "parent", "parts",
-                 "role", "stack")  # fmt: skip
+    __slots__ = (
+        *("module", "name", "parent", "leaf", "children", "kind", "inputs", "outputs"),
+        *("role", "matrices", "block", "stack", "parts"),
+    )
 
     def __init__(self, module: nn.Module, name: str, parent: _Node | None, leaf: str) -> None:
         self.module, self.name, self.parent, self.leaf = module, name, parent, leaf
         self.children: list[_Node] = []
-        self.kind, self.inputs, self.outputs = _kind(module)
+        self.kind, self.inputs, self.outputs = sizes(module)
         self.role = self.kind if self.kind in ("norm", "conv") else ""
         self.matrices = _MATRICES.get(self.kind, 0)  # in the whole subtree
         self.block: int | None = None
@@ -188,7 +193,7 @@ def _grow(module: nn.Module, name: str, parent: _Node | None, leaf: str, seen: s
     return node
 
 
-def _kind(module: nn.Module) -> tuple[str, int, int]:
+def sizes(module: nn.Module) -> tuple[str, int, int]:
     """(kind, inputs, outputs) by class where the class is torch's own, else by the parameters that it holds."""
     if isinstance(module, nn.Linear):
         return "linear", module.in_features, module.out_features
@@ -208,7 +213,9 @@ def _kind(module: nn.Module) -> tuple[str, int, int]:
     if isinstance(module, _NORMS):
         return ("norm" if weight is not None else ""), 0, 0
     if weight is None:
-        banks = [value for key, value in parameters.items() if value is not None and _EXPERT.match(key) and value.dim() == 3]
+        banks = [
+            value for key, value in parameters.items() if value is not None and _EXPERT.match(key) and value.dim() == 3
+        ]
         return ("experts", banks[0].shape[0], 0) if banks else ("", 0, 0)
     if weight.dim() == 1 and weight.numel() > 1 and not isinstance(module, nn.PReLU):
         return "norm", 0, 0
@@ -264,7 +271,7 @@ def _find_stacks(root: _Node) -> dict[str, tuple[str, list[_Node]]]:
                     search(child)
 
     search(root)
-    named = _name_stacks(list(found)) if len(found) > 1 else {path: ("", "") for path in found}
+    named = _name_stacks(list(found)) if len(found) > 1 else dict.fromkeys(found, ("", ""))
     stacks = {}
     for path, items in found.items():
         stack, prefix = named[path]
@@ -297,7 +304,9 @@ def _name_stacks(paths: list[tuple[str, ...]], depth: int = 0) -> dict[tuple[str
     groups: dict[str, list[tuple[str, ...]]] = {}
     for path in paths:
         groups.setdefault(path[depth], []).append(path)
-    words = [next((word for word, hints in _PARTS.items() if any(h in step.lower() for h in hints)), step) for step in groups]
+    words = [
+        next((word for word, hints in _PARTS.items() if any(h in step.lower() for h in hints)), step) for step in groups
+    ]
     named = {}
     for (step, group), word in zip(groups.items(), words, strict=True):
         word = word if words.count(word) == 1 else step
@@ -328,7 +337,7 @@ _ATTENTION = {
     "kv": "kv", "key_value": "kv", "wkv": "kv", "kv_b": "kv",
     "q_a": "query_down", "kv_a_with_mqa": "kv_down",
 }  # fmt: skip
-_OUTPUT = {"o", "out", "output", "wo", "o_proj", "out_proj", "proj", "dense", "c_proj"}
+_OUTPUT = {"o", "out", "output", "wo", "o_proj", "out_proj", "proj", "dense", "c_proj", "projection"}
 _GATE = re.compile(r"gate|^w1$|^wi_0$|_g$")
 _DOWN = re.compile(r"down|^w2$|^wo$|^fc2$|out|^c_proj$|lin2|linear2|_2$|4h_to_h")
 _CROSS = re.compile(r"cross|enc_?dec|encoder_?att|multihead_attn|attn2", re.IGNORECASE)
@@ -379,7 +388,7 @@ def _block_roles(block: _Node, nodes: list[_Node], whole: bool) -> list[_Sublaye
     owners: dict[_Node, list[_Node]] = {}
     for node in linear:
         owners.setdefault(_owner(node)[0], []).append(node)
-    sublayers = [_multihead(node) for node in nodes if node.kind == "mha"]
+    sublayers = [_multihead(block, node) for node in nodes if node.kind == "mha"]
     sparse = _experts(nodes, owners)
     sublayers += sparse
     for owner in list(owners):
@@ -388,18 +397,17 @@ def _block_roles(block: _Node, nodes: list[_Node], whole: bool) -> list[_Sublaye
             sublayers.append(found)
     whole = whole and bool(sublayers or block.block is not None)
     inside = tuple(f"{sublayer.exit.name}." for sublayer in sparse)  # a shared expert is no sublayer of its own
-    sublayers += [found for found in _feed_forward(owners, whole) if not found.exit.name.startswith(inside)]
+    sublayers += [found for found in _feed_forward(block, owners, whole) if not found.exit.name.startswith(inside)]
     return sublayers
 
 
-def _attention_role(node: _Node) -> str:
-    """Which attention it is, by the last steps of the path inside its block."""
-    steps = node.name.split(".")[-3:]
-    return "cross_attention" if any(_CROSS.search(step) for step in steps) else "attention"
+def _attention_role(block: _Node, node: _Node) -> str:
+    """Which attention it is, by its path inside the block."""
+    return "cross_attention" if _CROSS.search(node.name[len(block.name) :]) else "attention"
 
 
-def _multihead(node: _Node) -> _Sublayer:
-    role, module = _attention_role(node), node.module
+def _multihead(block: _Node, node: _Node) -> _Sublayer:
+    role, module = _attention_role(block, node), node.module
     assert isinstance(module, nn.MultiheadAttention)
     width = module.embed_dim
     if module.in_proj_weight is not None:
@@ -431,13 +439,15 @@ def _attention(block: _Node, owner: _Node, own: list[_Node], linear: list[_Node]
     first = next((node for node in projections if words[node] in ("query_down", "query", "qkv")), None)
     if first is None:
         return None
-    role = _attention_role(owner)
+    role = _attention_role(block, owner)
     for node in projections:
         node.role = f"{role}.{words[node]}"
     scope, output = owner, _attention_output(owner, first.inputs, linear)
-    while output is None and scope is not block and scope.parent is not None and scope.parent is not block:
+    while (
+        output is None and scope is not block and scope.parent is not None
+    ):  # BERT: attention.output beside attention.self
         scope = scope.parent
-        output = _attention_output(scope, first.inputs, linear)
+        output = _attention_output(scope, first.inputs, linear, direct=scope.block is not None and scope is block)
     members = [*projections]
     if output is not None:
         output.role = f"{role}.output"
@@ -447,12 +457,13 @@ def _attention(block: _Node, owner: _Node, own: list[_Node], linear: list[_Node]
     return _Sublayer(role, output or owner, first if output is not None else None, members)
 
 
-def _attention_output(scope: _Node, width: int, linear: list[_Node]) -> _Node | None:
+def _attention_output(scope: _Node, width: int, linear: list[_Node], direct: bool = False) -> _Node | None:
+    """The free matrix in a module that is called an output and comes back to the width; `direct`: one of its own."""
     inside = f"{scope.name}." if scope.name else ""
     free = [node for node in linear if not node.role and node.outputs == width and node.name.startswith(inside)]
     called = [node for node in free if (leaf := _owner(node)[1].lower()) in _OUTPUT or _core(leaf) in _OUTPUT]
     near = [node for node in called if _owner(node)[0] is scope]
-    return (near or called or [None])[0]  # type: ignore[list-item]
+    return next(iter(near or ([] if direct else called)), None)
 
 
 def _number(module: nn.Module, *names: str) -> int | None:
@@ -481,7 +492,9 @@ def _fused(node: _Node, owner: _Node, role: str, word: str, output: _Node | None
             return
         groups = sizes[-1][1] // size
     elif leaf not in _ATTENTION or (
-        node.leaf == "qkv_proj" and sizes[0] == ("query", sizes[-1][1]) and not hasattr(owner.module, "num_key_value_groups")
+        node.leaf == "qkv_proj"
+        and sizes[0] == ("query", sizes[-1][1])
+        and not hasattr(owner.module, "num_key_value_groups")
     ):  # `qkv_proj` is cut per head in some models and in thirds in others
         return
     start = 0
@@ -518,7 +531,7 @@ def _experts(nodes: list[_Node], owners: dict[_Node, list[_Node]]) -> list[_Subl
 
 
 def _bank(node: _Node) -> None:
-    """The matrices of a bank of experts: gate and up one after the other, or row by row, stored straight or transposed."""
+    """The matrices of a bank of experts: gate and up one after the other or row by row, straight or transposed."""
     module = node.module
     banks = {key: value for key, value in module._parameters.items() if value is not None and value.dim() == 3}
     down = next((value for key, value in banks.items() if key.startswith("down")), None)
@@ -535,7 +548,11 @@ def _bank(node: _Node) -> None:
         if word == "gate_up":
             half = (columns if transposed else rows) // 2
             side_by_side = getattr(module, "is_concatenated", True)
-            gate, up = (RowView(1, 0, half), RowView(1, half, half)) if side_by_side else (RowView(half, 0, 1), RowView(half, 1, 1))
+            gate, up = (
+                (RowView(1, 0, half), RowView(1, half, half))
+                if side_by_side
+                else (RowView(half, 0, 1), RowView(half, 1, 1))
+            )
             node.parts.append(part | {"role": "experts.gate", "view": gate})
             node.parts.append(part | {"role": "experts.up", "view": up})
 
@@ -559,18 +576,21 @@ def _feed_forward_words(own: list[_Node]) -> dict[_Node, str]:
     return {node: "gate" if node is gate else "up" for node in rest} | {down: "down"}
 
 
-def _feed_forward(owners: Mapping[_Node, list[_Node]], whole: bool) -> list[_Sublayer]:
-    sublayers, left = [], []
+def _feed_forward(block: _Node, owners: Mapping[_Node, list[_Node]], whole: bool) -> list[_Sublayer]:
+    sublayers: list[_Sublayer] = []
+    left: dict[_Node | None, list[_Node]] = {}
     for owner, own in owners.items():
         free = [node for node in own if not node.role]
-        if not whole and not _FEED_FORWARD.search(owner.leaf):
+        attends = owner is not block and any("attention" in node.role for node in own)
+        if attends or not (whole or _FEED_FORWARD.search(owner.leaf)):
             continue
         if words := _feed_forward_words(free):
             sublayers.append(_feed_forward_roles(words))
-        else:
-            left += free
-    if whole and len(left) <= 3 and (words := _feed_forward_words(left)):  # BERT: intermediate.dense and output.dense
-        sublayers.append(_feed_forward_roles(words))
+        elif whole:
+            left.setdefault(owner.parent, []).extend(free)
+    for free in left.values():  # BERT: intermediate.dense and output.dense, each in a module of its own
+        if words := _feed_forward_words(free):
+            sublayers.append(_feed_forward_roles(words))
     return sublayers
 
 
@@ -587,21 +607,38 @@ def _feed_forward_roles(words: Mapping[_Node, str]) -> _Sublayer:
 
 # Heads
 
-_HEAD = {"head", "classifier", "fc", "linear", "score", "lm_head", "classification_head", "output", "out", "logits", "qa_outputs"}
+_HEAD = {
+    "head",
+    "classifier",
+    "fc",
+    "linear",
+    "score",
+    "lm_head",
+    "classification_head",
+    "output",
+    "out",
+    "logits",
+    "qa_outputs",
+}
 
 
 def _find_heads(root: _Node, stacks: Mapping[str, tuple[str, list[_Node]]]) -> list[_Node]:
-    """Gives the matrices after the backbone their role; returns the parts that make up a head other than a language model's."""
-    model = root.module
+    """Gives the matrices after the backbone their role; returns the parts of a head that is no language model's."""
+    model: Any = root.module
+    vocabulary: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if vocabulary is not None:
+        for node in root.walk():
+            if node.module is vocabulary:
+                node.role = "head"
     if getattr(model, "base_model", None) is model and "For" not in type(model).__name__:
         return []  # a bare backbone of transformers: what follows its blocks belongs to it
     behind: set[_Node] = set()
     for _, items in stacks.values():
         for item in items:
-            node: _Node | None = item
-            while node is not None and node not in behind:
-                behind.add(node)
-                node = node.parent
+            above: _Node | None = item
+            while above is not None and above not in behind:
+                behind.add(above)
+                above = above.parent
     top = root
     while len(top.children) == 1 and not _is_list(top.children[0]):
         top = top.children[0]
@@ -617,7 +654,8 @@ def _find_heads(root: _Node, stacks: Mapping[str, tuple[str, list[_Node]]]) -> l
     for node in matrices:
         node.role = node.role or "head"
     vocabularies = {node.inputs for node in root.walk() if node.role == "embedding"}
-    return [] if any(node.outputs in vocabularies for node in matrices) else ends
+    speaks = vocabulary is not None or any(node.outputs in vocabularies for node in matrices)
+    return [] if speaks else ends
 
 
 def _is_list(node: _Node) -> bool:
@@ -645,207 +683,10 @@ def _collect(root: _Node, sublayers: Mapping[_Node, list[_Sublayer]]) -> tuple[t
         for role, end, entry, members in sublayers.get(node, ()):
             inside = tuple(place for member in members for place in made[member] if place.role)
             entering = None if entry is None else entry.module
-            places.append(Place(end.name, end.module, role, block, stack, entry=entering, members=inside))
+            places.append(Place(end.name, end.module, role, end.block, end.stack, entry=entering, members=inside))
         if block is not None and (node.parent is None or node.parent.block is None):
             inside = tuple(places[start:])
             places.insert(start, Place(node.name, node.module, "block", block, stack, members=inside))
 
     collect(root)
     return tuple(places), modules
-
-
-# The printed tree
-
-_COLOURS = {"embedding": "cyan", "attention": "green", "cross_attention": "bright_green", "mlp": "magenta", "head": "red",
-            "experts": "magenta", "router": "yellow", "norm": "blue", "conv": "cyan", "pooler": "yellow"}  # fmt: skip
-
-
-class _Line(NamedTuple):
-    """One line of the tree: its cells are name, role, type, shape, parameters and the chosen text."""
-
-    cells: tuple[str, ...]
-    lines: list[_Line]
-    style: str = ""
-
-
-def _count(parameters: float) -> str:
-    """1234567 -> '1.2 M'."""
-    for unit in ("", " K", " M", " B"):
-        if parameters < 999.95 or unit == " B":
-            break
-        parameters /= 1000
-    return f"{parameters:.1f}{unit}" if unit else str(int(parameters))
-
-
-def _shape(module: nn.Module) -> str:
-    kind, inputs, outputs = _kind(module)
-    if kind == "linear":
-        return f"{inputs} → {outputs}"
-    if kind == "conv":
-        assert isinstance(module, nn.modules.conv._ConvNd)
-        return f"{module.in_channels} → {module.out_channels}, {'×'.join(map(str, module.kernel_size))}"
-    if kind == "embedding":
-        return f"{inputs} × {outputs}"
-    weight = module._parameters.get("weight")
-    return " × ".join(map(str, weight.shape)) if weight is not None else ""
-
-
-class _Drawing:
-    """The lines of one model's tree."""
-
-    def __init__(self, anatomy: Anatomy, chosen: Mapping[str, str]) -> None:
-        self.anatomy, self.chosen = anatomy, chosen
-        self.children: dict[str, list[Place]] = {}
-        self.parts: dict[str, list[Place]] = {}
-        self.within = dict.fromkeys(anatomy.modules, 0)  # parameters in the subtree, each counted where it is first met
-        self.tied: set[str] = set()
-        self.scopes: dict[str, str] = {}  # module -> the sublayer that it is
-        self.members = {block.name: block.members for block in anatomy.blocks}
-        seen: set[nn.Parameter] = set()
-        for name, place in anatomy.modules.items():
-            if name:
-                self.children.setdefault(name.rpartition(".")[0], []).append(place)
-            own = {parameter for parameter in place.module._parameters.values() if parameter is not None}
-            if own and own <= seen:
-                self.tied.add(name)
-            count = sum(parameter.numel() for parameter in own - seen)
-            seen |= own
-            path: str | None = name
-            while count and path is not None:
-                self.within[path] += count
-                path = path.rpartition(".")[0] if path else None
-        for place in anatomy.places:
-            if place.parameter is not None and place.view is None:
-                self.parts.setdefault(place.name, []).append(place)
-            if place.role in ("attention", "cross_attention", "mlp"):
-                self.scopes[_common([member.name for member in place.members])] = place.role
-
-    def cells(self, place: Place, label: str, role: str = "", kind: str = "", parameters: int | None = None) -> _Line:
-        name = place.name
-        size = "tied" if name in self.tied else _count(self.within[name] if parameters is None else parameters)
-        role = role or place.role or self.scopes.get(name, "")
-        kind = kind or type(place.module).__name__
-        return _Line((label, role, kind, _shape(place.module), size, self.chosen.get(name, "")), [])
-
-    def visible(self, name: str) -> list[Place]:
-        return [child for child in self.children.get(name, []) if self.within[child.name] or self.holds_tied(child.name)]
-
-    def holds_tied(self, name: str) -> bool:
-        return any(tied == name or tied.startswith(f"{name}.") for tied in self.tied)
-
-    def below(self, name: str) -> list[_Line]:
-        """The lines of a module's children; a list of blocks is replaced by its blocks, alike ones folded."""
-        lines: list[_Line] = []
-        for part in self.parts.get(name, []):
-            parameter = part.module._parameters[part.parameter or ""]
-            assert parameter is not None
-            shape = " × ".join(map(str, parameter.shape))
-            lines.append(_Line((part.parameter or "", part.role, "", shape, _count(parameter.numel()), ""), []))
-        for child in self.visible(name):
-            lines += self.line(child, child.name.rpartition(".")[2])
-        return lines
-
-    def line(self, place: Place, label: str) -> list[_Line]:
-        inner = self.visible(place.name)
-        if inner and all(child.block is not None for child in inner) and place.block is None:
-            return self.blocks(inner, label)
-        bare = not (place.role or _own_parameters(place.module) or place.name in self.chosen or place.name in self.scopes)
-        if bare and (len(inner) == 1 or place.block is not None):
-            return [line for child in inner for line in self.line(child, f"{label}.{child.name.rpartition('.')[2]}")]
-        line = self.cells(place, label)
-        line.lines.extend(self.below(place.name))
-        return [line]
-
-    def blocks(self, items: list[Place], label: str) -> list[_Line]:
-        groups: list[list[Place]] = []
-        before = None
-        for item in items:
-            signature = self.signature(item)
-            if signature != before:
-                groups.append([])
-            groups[-1].append(item)
-            before = signature
-        lines = []
-        for group in groups:
-            first, last = group[0], group[-1]
-            span = f"{first.block}" if first is last else f"{first.block}-{last.block}"
-            kind = f"{len(group)} × {type(first.module).__name__}" if len(group) > 1 else ""
-            title = f"{first.stack}.blocks[{span}]" if first.stack else f"blocks[{span}]"
-            path = f"{label}.{'*' if len(group) > 1 else first.name.rpartition('.')[2]}"
-            line = self.cells(first, title, path, kind, sum(self.within[item.name] for item in group))
-            line.lines.extend(self.below(first.name))
-            lines.append(line._replace(style="bold"))
-        return lines
-
-    def signature(self, module: Place) -> tuple[Any, ...]:
-        """What must be equal for two blocks to be shown as one."""
-        start, inside = len(module.name), (module, *self.members[module.name])
-        return tuple(
-            (place.name[start:], place.role, type(place.module).__name__, _shape(place.module), self.chosen.get(place.name))
-            for place in inside
-        )
-
-
-def _common(names: list[str]) -> str:
-    """The path that several module names share."""
-    paths = [name.split(".") for name in names]
-    shared = []
-    for steps in zip(*paths, strict=False):
-        if len(set(steps)) > 1:
-            break
-        shared.append(steps[0])
-    return ".".join(shared)
-
-
-def _fit(text: str, width: int) -> str:
-    return text.ljust(width) if len(text) <= width else text[: max(width - 1, 0)] + "…"
-
-
-def _draw(anatomy: Anatomy, chosen: Mapping[str, str], width: int) -> Tree:
-    from rich.text import Text
-    from rich.tree import Tree
-
-    drawing = _Drawing(anatomy, chosen)
-    lines = drawing.below("")
-
-    def rows(lines: list[_Line], depth: int) -> Iterator[tuple[int, tuple[str, ...]]]:
-        for line in lines:
-            yield depth, line.cells
-            yield from rows(line.lines, depth + 1)
-
-    table = [(4 * depth + len(name), len(role), len(kind) if shape else 0, len(shape), len(size), len(note))
-             for depth, (name, role, kind, shape, size, note) in rows(lines, 1)]  # fmt: skip
-    widths = [max(column) for column in zip(*table, strict=True)] if table else [0] * 6
-    for column, least in ((2, 9), (0, 30), (1, 18), (5, 12), (0, 20), (1, 12), (2, 6), (3, 8), (5, 6), (0, 12)):
-        excess = sum(widths) + sum(map(bool, widths)) - width
-        if excess > 0:
-            widths[column] = max(min(least, widths[column]), widths[column] - excess)
-
-    def label(line: _Line, depth: int) -> Text:
-        name, role, kind, shape, size, note = line.cells
-        named, roled, typed, shaped, sized, _ = widths
-        colour = _COLOURS.get(role.partition(".")[0], "dim")
-        text = Text(no_wrap=True)
-        text.append(_fit(name, max(named - 4 * depth, 1)), style=line.style)
-        text.append(" " + _fit(role, roled), style=colour)
-        if shape:
-            text.append(" " + _fit(kind, typed), style="dim")
-            text.append(" " + _fit(shape, shaped))
-        else:
-            text.append(" " + _fit(kind, typed + 1 + shaped), style="dim")
-        text.append(f" {size:>{sized}}")
-        if note:
-            text.append(" " + _fit(note, widths[5]), style="bold yellow")
-        text.rstrip()
-        return text
-
-    def grow(branch: Tree, lines: list[_Line], depth: int) -> None:
-        for line in lines:
-            grow(branch.add(label(line, depth)), line.lines, depth + 1)
-
-    total = f"{_count(drawing.within[''])} parameters"
-    stacks = " and ".join(f"{count} {name}".rstrip() for name, count in anatomy.stacks.items())
-    title = f"{type(anatomy.model).__name__}: {total}{f', {stacks} blocks' if stacks else ''}"
-    tree = Tree(Text(title, style="bold"), guide_style="dim")
-    grow(tree, lines, 1)
-    return tree

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from attunement.compose import Active, Average, Rows, Stack, Weighted
 from attunement.errors import AttunementError
 from attunement.method import WEIGHT_FORMS, Method, Tagged, is_additive, product, reads_weight, weight_form
-from attunement.site import LinearLayout, QuantisedLayout, Site, base_of, working_dtype
+from attunement.site import PLAIN, LinearLayout, QuantisedLayout, Site, base_of, working_dtype
 
 CONTAINER = "attuned"
 
@@ -118,7 +118,7 @@ class Part:
         with exact(self):
             if face == "bias":
                 b = self.site.take_bias(parameter)
-                return self.site.put_bias(parameter, self.method.bias(b, **self.values("bias")))  # type: ignore[attr-defined]
+                return self.site.put_bias(parameter, self._mapped(self._new_bias, b, "bias"))
             W = self.site.take(parameter)
             return self.site.put(parameter, self._mapped(self._new_weight, W))
 
@@ -142,13 +142,17 @@ class Part:
             made = made if (folded := self.site.layout.absorb(made, shift)) is None else folded
         return made
 
+    def _new_bias(self, b: Tensor, values: dict[str, Tensor]) -> Tensor:
+        made: Tensor = self.method.bias(b, **values)  # type: ignore[attr-defined]
+        return made
+
     def _change(self, W: Tensor, values: dict[str, Tensor]) -> Tensor:
         made = getattr(self.method, self.weight_form or "")(W, **values)
         return product(made) if self.weight_form == "factors" else made
 
-    def _mapped(self, function: Callable[..., Tensor], W: Tensor) -> Tensor:
+    def _mapped(self, function: Callable[..., Tensor], W: Tensor, form: str = "") -> Tensor:
         """The expression on a matrix, or on each of a stack of matrices (E, out, in); shared tensors are not stacked."""
-        values = self.values(self.weight_form or "")
+        values = self.values(form or self.weight_form or "")
         if not self.site.batch:
             return function(W, values)
         dims = {name: 0 if name in self.kinds else None for name in values}
@@ -170,11 +174,11 @@ class Part:
         view = self.site.view
         if view is None:
             return self.method.output(x, y, **self.values("output")).to(y.dtype)  # type: ignore[attr-defined]
-        grouped = y.unflatten(-1, (view.groups, -1)).clone()
-        part = grouped[..., view.start : view.start + view.size]
-        new = self.method.output(x, part.flatten(-2), **self.values("output"))  # type: ignore[attr-defined]
-        grouped[..., view.start : view.start + view.size] = new.to(y.dtype).unflatten(-1, (view.groups, -1))
-        return grouped.flatten(-2)
+        grouped, end = y.unflatten(-1, (view.groups, -1)), view.start + view.size
+        rows = grouped[..., view.start : end].flatten(-2)
+        new = self.method.output(x, rows, **self.values("output")).to(y.dtype)  # type: ignore[attr-defined]
+        parts = (grouped[..., : view.start], new.unflatten(-1, (view.groups, -1)), grouped[..., end:])
+        return torch.cat(parts, dim=-1).flatten(-2)
 
 
 def taken(method: Method, form: str, names: Sequence[str]) -> tuple[str, ...] | None:
@@ -360,7 +364,8 @@ class Plan:
         if self.once and (now := module.__dict__.get("_attuned_now")) is not None:
             return now[name]
         if base is None:  # a bias that the module could have
-            base = torch.zeros_like(module._parameters["weight"][:, 0])  # type: ignore[index]
+            weight: Any = module._parameters[name.replace("bias", "weight")]
+            base = weight.new_zeros(self.layout.matrix(weight).shape[-2])
         return node.value(base.to(working_dtype(base))).to(base.dtype)
 
     def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -589,11 +594,10 @@ def _plan_of(
             level = levels[part]
             place = level if level != "weight" else str(part.site.parameter)
             entries.setdefault(place, {}).setdefault(name, []).append((part, "weight"))
-            if level == "weight" and hasattr(part.method, "bias") and "bias" in module._parameters:
-                entries.setdefault("bias", {}).setdefault(name, []).append((part, "bias"))
-            plan.channels = part.site.layout.channels
-            if part.site.slot == "weight" or part.site.view is not None:
-                plan.layout = part.site.layout
+            if level == "weight" and hasattr(part.method, "bias") and part.site.bias in module._parameters:
+                entries.setdefault(part.site.bias, {}).setdefault(name, []).append((part, "bias"))
+            if part.site.layout is not PLAIN:
+                plan.layout, plan.channels = part.site.layout, part.site.layout.channels
             plan.once |= level == "weight" and bool(part.site.batch)
     for place, by_name in entries.items():
         node = resolved(active, by_name)
@@ -635,10 +639,14 @@ def _levels(parts: Sequence[Part]) -> dict[Part, str]:
     mixed = len(set(first.values())) > 1
     levels = {}
     for part, level in first.items():
-        site, possible = part.site, part.weight_form is not None
-        if hasattr(part.method, "bias"):
-            possible &= "bias" in site.module._parameters or isinstance(site.module, nn.Embedding)
-        levels[part] = "weight" if possible and (mixed or not site.called) else level
+        site = part.site
+        if part.weight_form is None:
+            levels[part] = level
+            continue
+        reached = site.called and (level != "input" or (site.view is None and isinstance(site.layout, LinearLayout)))
+        shifts = hasattr(part.method, "bias")
+        possible = not shifts or site.bias in site.module._parameters or isinstance(site.module, nn.Embedding)
+        levels[part] = "weight" if not reached or (mixed and possible) else level
     return levels
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -216,6 +217,7 @@ def answer_table(asked: list[str], answers: list[dict[str, Any]]) -> Table:
 
 def main() -> None:
     """Run the command; a refusal is one red sentence and exit code 2."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports optional kernels when it is imported
     try:
         app()
     except AttunementError as error:

@@ -110,7 +110,7 @@ def unmergeable(part: Part) -> str | None:
         return f"{type(method).__name__} changes what the module gives, not its weight"
     if site.layout.beside_only:
         return "the base is quantised; merge into a dequantised copy of the model instead"
-    if hasattr(method, "bias") and "bias" not in site.module._parameters:
+    if hasattr(method, "bias") and site.bias not in site.module._parameters:
         zero = torch.zeros(site.outputs, dtype=working_dtype(site.weight))
         shift = method.bias(zero, **part.values("bias"))
         if site.layout.absorb(site.weight, shift) is None and bool((shift != 0).any()):
@@ -150,13 +150,13 @@ def _after(part: Part) -> list[tuple[str, Tensor]]:
     weight: Tensor = module._parameters[name]  # type: ignore[assignment]
     work = working_dtype(weight)
     after = [(name, part.value(weight.to(work)).to(weight.dtype))]
-    if hasattr(part.method, "bias") and "bias" in module._parameters:
-        bias = module._parameters["bias"]
+    if hasattr(part.method, "bias") and site.bias in module._parameters:
+        bias = module._parameters[site.bias]
         rows = site.layout.size(module, name)[-2]
         held = weight.new_zeros(rows, dtype=work) if bias is None else bias.to(work)
         shifted = part.value(held, "bias")
         if bias is not None or bool((shifted != 0).any()):
-            after.append(("bias", shifted.to(weight.dtype)))
+            after.append((site.bias, shifted.to(weight.dtype)))
     return after
 
 

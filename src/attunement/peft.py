@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from attunement.anatomy import anatomy
@@ -36,10 +35,11 @@ from attunement.methods.selective.train import Train
 
 if TYPE_CHECKING:
     from attunement.adapter import Adapter
-    from attunement.attach import Holder
+    from attunement.attach import Part
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+SHARED = {"base_model.vera_A", "base_model.vera_B"}
 # fields that say where the adapter stands (its tensors say it too), how it started, or what the file is
 PASSED_OVER = {
     *(
@@ -84,8 +84,8 @@ class Format:
     fields: frozenset[str]
     layers: tuple[str, ...]
     read: Callable[[Config, str, Named], tuple[Method, Named]]
-    write: Callable[[Holder, Named], Named]
-    config: Callable[[Mapping[str, Holder]], Config]
+    write: Callable[[Part, Named], Named]
+    config: Callable[[Mapping[str, Part]], Config]
 
 
 # --- LoRA and DoRA ---
@@ -102,20 +102,24 @@ def _read_lora(config: Config, module: str, tensors: Named) -> tuple[Method, Nam
     values = {ours.get(suffix, "magnitude"): tensor for suffix, tensor in tensors.items()}
     alphas = config.get("alpha_pattern") or {}
     pattern = next((pattern for pattern in alphas if re.match(rf"(.*\.)?({pattern})$", module)), None)
-    fields = {
-        "rank": values["A"].shape[0],
-        "alpha": alphas.get(pattern, config.get("lora_alpha", 8)),
-        "rank_stabilised": bool(config.get("use_rslora")),
-    }
+    alpha: float = alphas.get(pattern, config.get("lora_alpha", 8))
+    stabilised = bool(config.get("use_rslora"))
     made = {name: tensor.flatten() if name == "magnitude" else tensor.flatten(1) for name, tensor in values.items()}
+    B, A = made["B"], made["A"]
+    rank, largest = A.shape[0], min(B.shape[0], A.shape[1])
+    if rank > largest:  # more than a matrix has: the same product and scale at the rank of the matrix
+        product, identity = B.float() @ A.float(), torch.eye(largest)
+        made["B"], made["A"] = (product, identity) if largest == A.shape[1] else (identity, product)
+        alpha, rank = alpha * ((largest / rank) ** 0.5 if stabilised else largest / rank), largest
+    fields: dict[str, Any] = {"rank": rank, "alpha": alpha, "rank_stabilised": stabilised}
     if config.get("use_dora"):
         return DoRA(**fields), made
     return LoRA(**fields, dropout=config.get("lora_dropout", 0.0)), made
 
 
-def _write_lora(part: Holder, values: Named) -> Named:
+def _write_lora(part: Part, values: Named) -> Named:
     A, B = values["A"], values["B"]
-    shape = part.site.module._parameters["weight"].shape  # type: ignore[union-attr]
+    shape = _own(part.site.module, "weight").shape
     if isinstance(part.site.module, nn.Embedding):
         made = {"lora_embedding_A": A, "lora_embedding_B": B}
     else:
@@ -128,7 +132,7 @@ def _write_lora(part: Holder, values: Named) -> Named:
     return made
 
 
-def _config_lora(parts: Mapping[str, Holder]) -> Config:
+def _config_lora(parts: Mapping[str, Part]) -> Config:
     methods: dict[str, Any] = {name: part.method for name, part in parts.items()}
     stabilised = all(method.rank_stabilised for method in methods.values())
     ranks, alphas = {}, {}
@@ -166,11 +170,11 @@ def _read_vera(config: Config, module: str, tensors: Named) -> tuple[Method, Nam
     return method, {"b": b, "d": d}
 
 
-def _write_vera(part: Holder, values: Named) -> Named:
+def _write_vera(part: Part, values: Named) -> Named:
     return {"vera_lambda_b": values["b"], "vera_lambda_d": values["d"]}
 
 
-def _config_vera(parts: Mapping[str, Holder]) -> Config:
+def _config_vera(parts: Mapping[str, Part]) -> Config:
     vera: Any = _one("VeRA", (part.method for part in parts.values()))
     return {
         "r": vera.rank,
@@ -193,14 +197,14 @@ def _read_ia3(config: Config, module: str, tensors: Named) -> tuple[Method, Name
     return (IA3(side="input"), {"columns": values}) if inside else (IA3(side="output"), {"rows": values})
 
 
-def _write_ia3(part: Holder, values: Named) -> Named:
-    points = (1,) * (part.site.module._parameters["weight"].dim() - 2)  # type: ignore[union-attr]
+def _write_ia3(part: Part, values: Named) -> Named:
+    points = (1,) * (_own(part.site.module, "weight").dim() - 2)
     if points:
         return {"ia3_l": values["rows"].reshape(1, -1, *points)}
     return {"ia3_l": values["rows"][:, None] if "rows" in values else values["columns"][None]}
 
 
-def _config_ia3(parts: Mapping[str, Holder]) -> Config:
+def _config_ia3(parts: Mapping[str, Part]) -> Config:
     inside = [name for name, part in parts.items() if part.method.form(part.site) == "input"]
     return {"feedforward_modules": "|".join(map(re.escape, inside)), "fan_in_fan_out": _transposed(parts)}
 
@@ -215,11 +219,11 @@ def _read_hra(config: Config, module: str, tensors: Named) -> tuple[Method, Name
     return HRA(rank=u.shape[1]), {"u": u}
 
 
-def _write_hra(part: Holder, values: Named) -> Named:
+def _write_hra(part: Part, values: Named) -> Named:
     return {"hra_u": values["u"]}
 
 
-def _config_hra(parts: Mapping[str, Holder]) -> Config:
+def _config_hra(parts: Mapping[str, Part]) -> Config:
     methods: list[Any] = [part.method for part in parts.values()]
     return {"r": _one("rank", (method.rank for method in methods)), "apply_GS": False, "bias": "none"}
 
@@ -284,6 +288,8 @@ def load(model: nn.Module, path: str | PathLike[str], name: str = "default", tra
     state = adapter.state()
     if unknown := sorted(tensors.keys() - state.keys()):
         raise AttunementError(f"peft: {unknown[0]!r} in {path} has no place in this model")
+    if missing := sorted(dict(adapter.named_parameters()).keys() - tensors.keys()):
+        raise AttunementError(f"peft: {path} has nothing for {missing[0]!r}")
     adapter.load_state({**state, **tensors})  # the file has no scales: they follow from its configuration
     adapter._trainable = trainable
     return attach(adapter)
@@ -291,8 +297,13 @@ def load(model: nn.Module, path: str | PathLike[str], name: str = "default", tra
 
 def read(path: str | PathLike[str], model: nn.Module) -> tuple[dict[str, Method | None], dict[str, Tensor]]:
     """A PEFT folder as a recipe for `adapt`, and tensors by the names that `Adapter.load_state` takes."""
+    from attunement import storage
+
     folder = Path(path)
-    config = json.loads((folder / CONFIG).read_text())
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise AttunementError(f"peft: {str(folder / CONFIG)!r} cannot be read: {error}") from None
     kind = config.get("peft_type")
     if kind not in KINDS:
         raise AttunementError(
@@ -304,13 +315,17 @@ def read(path: str | PathLike[str], model: nn.Module) -> tuple[dict[str, Method 
         raise AttunementError(f"peft: {folder} uses {other[0]}={config[other[0]]!r}, which has no counterpart here")
     if not (folder / WEIGHTS).exists():
         raise AttunementError(f"peft: {folder} has no {WEIGHTS}; a pickled adapter_model.bin is not read")
+    contents, _ = storage.read(folder / WEIGHTS)
+    stored = kind == VERA.kind and config.get("save_projection", True)
+    if stored and not contents.keys() >= SHARED:
+        raise AttunementError(f"peft: {folder} says save_projection and has no {', '.join(sorted(SHARED))}")
     modules = _modules(model)
     adapted: dict[str, dict[str, Tensor]] = {}
     trained: dict[str, dict[str, Tensor]] = {}
     state: dict[str, Tensor] = {}
-    for key, tensor in load_file(folder / WEIGHTS).items():
-        if key in ("base_model.vera_A", "base_model.vera_B"):
-            if config.get("save_projection", True):
+    for key, tensor in contents.items():
+        if key in SHARED:
+            if stored:
                 state[f"shared.0.{key[-1]}"] = tensor  # VeRA is the first method of the recipe below
             continue
         key = key.removeprefix(PREFIX)
@@ -319,12 +334,14 @@ def read(path: str | PathLike[str], model: nn.Module) -> tuple[dict[str, Method 
             adapted.setdefault(key.removesuffix(f".{suffix}"), {})[suffix] = tensor
             continue
         module, _, parameter = key.rpartition(".")
-        module = module.removesuffix(".ln_tuning_layers")
-        if module.endswith(".base_layer"):
-            module = module.removesuffix(".base_layer")
-            own = getattr(modules.get(module), parameter, None)
-            if parameter == "weight" and own is not None and torch.equal(own.cpu().to(tensor.dtype), tensor):
-                continue  # PEFT writes targeted embeddings whole beside their adapter
+        copied = module.endswith(".base_layer") and parameter == "weight"  # PEFT writes targeted embeddings along
+        module = module.removesuffix(".base_layer").removesuffix(".ln_tuning_layers")
+        if (copied or parameter in getattr(modules.get(module), "_buffers", {})) and module in modules:
+            if not torch.equal(_own(modules[module], parameter).to("cpu", tensor.dtype), tensor):
+                raise AttunementError(
+                    f"peft: {module}.{parameter} was changed with the adapter, and is not trained here"
+                )
+            continue
         trained.setdefault(module, {})[parameter] = tensor
     if missing := sorted((adapted.keys() | trained.keys()) - modules.keys()):
         raise AttunementError(f"peft: this model has no module {missing[0]!r}{nearest(missing[0], modules)}")
@@ -333,7 +350,10 @@ def read(path: str | PathLike[str], model: nn.Module) -> tuple[dict[str, Method 
         assert format is not None
         if getattr(modules[module], "groups", 1) != 1:
             raise AttunementError(f"peft: {module} is a grouped convolution, whose adapter in PEFT spans the groups")
-        method, values = format.read(config, module, tensors)
+        try:
+            method, values = format.read(config, module, tensors)
+        except KeyError as error:
+            raise AttunementError(f"peft: {module} has {', '.join(sorted(tensors))} but no {error}") from None
         places.setdefault(method, []).append(module)
         state.update({f"{module}.weight.{name}": value for name, value in values.items()})
     for module, tensors in trained.items():
@@ -346,8 +366,8 @@ def read(path: str | PathLike[str], model: nn.Module) -> tuple[dict[str, Method 
         state.update({f"{module}.{parameter}.copy": value for parameter, value in tensors.items()})
     if not places:
         raise AttunementError(f"peft: {folder / WEIGHTS} holds no adapter tensors")
-    recipe: dict[str, Method | None] = {_selection(names, modules): method for method, names in places.items()}
-    return {**recipe, "head": None}, state
+    recipe: dict[str, Method | None] = {_selection(method, names, modules): method for method, names in places.items()}
+    return {**recipe, "head": None}, state  # a head that the file does not have stays as it is
 
 
 # --- writing ---
@@ -386,6 +406,10 @@ def written(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if format is None:
             names = sorted({method.__name__ for method in FORMATS})
             raise AttunementError(f"peft: PEFT has no {types[0]}; it has {', '.join(names)} and whole modules")
+        if both := sorted(parts.keys() & whole):
+            raise AttunementError(
+                f"peft: {both[0]} is trained whole and adapted by {types[0]}; PEFT has one or the other"
+            )
         for name, part in parts.items():
             _check(part, format)
             own = {key.rpartition(".")[2]: value for key, value in state.items() if key.rpartition(".")[0] == part.key}
@@ -407,11 +431,14 @@ def written(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
         marker = ".ln_tuning_layers"
     for part in trained:
         inner = marker if part.site.role == "norm" else ""
-        tensors[f"{PREFIX}{part.site.name}{inner}.{part.site.parameter}"] = state[f"{part.key}.copy"]
+        module, prefix = part.site.module, f"{PREFIX}{part.site.name}{inner}"
+        tensors[f"{prefix}.{part.site.parameter}"] = state[f"{part.key}.copy"]
+        for name in module._buffers.keys() - module._non_persistent_buffers_set:  # PEFT expects a module's whole state
+            tensors[f"{prefix}.{name}"] = _own(module, name)
     return config, tensors
 
 
-def _check(part: Holder, format: Format) -> None:
+def _check(part: Part, format: Format) -> None:
     site, what = part.site, type(part.method).__name__
     layer = type(site.module).__name__
     if site.view is not None or site.parameter != "weight" or site.batch:
@@ -424,12 +451,12 @@ def _check(part: Holder, format: Format) -> None:
         raise AttunementError(f"peft: {site.name} is a grouped convolution, whose adapter in PEFT spans the groups")
 
 
-def _whole_modules(trained: Iterable[Holder]) -> set[str]:
+def _whole_modules(trained: Iterable[Part]) -> set[str]:
     """The modules that are trained in every parameter: PEFT saves no less."""
     found: dict[str, set[str]] = {}
     modules: dict[str, nn.Module] = {}
     for part in trained:
-        if part.method.rows is not None:  # type: ignore[attr-defined]
+        if getattr(part.method, "rows", None) is not None:
             raise AttunementError(f"peft: {part.site.key} is trained in some rows; PEFT saves whole modules")
         found.setdefault(part.site.name, set()).add(str(part.site.parameter))
         modules[part.site.name] = part.site.module
@@ -441,6 +468,12 @@ def _whole_modules(trained: Iterable[Holder]) -> set[str]:
 
 
 # --- names ---
+
+
+def _own(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer of the base, whatever adapters make of it."""
+    tensor: Any = {**module._buffers, **module._parameters}[name]
+    return tensor.detach()
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -459,14 +492,14 @@ def _targets(names: Collection[str], modules: Mapping[str, nn.Module]) -> list[s
     return _ends(names, modules) or "|".join(map(re.escape, sorted(names)))
 
 
-def _selection(names: Collection[str], modules: Mapping[str, nn.Module]) -> str:
-    ends = _ends(names, modules)
-    if ends is not None:
+def _selection(method: Method, names: Collection[str], modules: Mapping[str, nn.Module]) -> str:
+    if not isinstance(method, Train) and (ends := _ends(names, modules)) is not None:
         return rf"re:(?:.*\.)?(?:{'|'.join(map(re.escape, ends))})"
-    return f"re:(?:{'|'.join(map(re.escape, sorted(names)))})"
+    # in other brackets than the former: a recipe may train biases of the very modules that a method adapts
+    return f"re:({'|'.join(map(re.escape, sorted(names)))})"
 
 
-def _transposed(parts: Mapping[str, Holder]) -> bool:
+def _transposed(parts: Mapping[str, Part]) -> bool:
     return any(type(part.site.module).__name__ == "Conv1D" for part in parts.values())
 
 

@@ -1,6 +1,6 @@
 """The selection language: which places of a model are meant.
 
-===================================== ====================================================================================
+===================================== ==================================================================================
 `attention.{query,value}`             roles; `attention` alone is every attention as a whole, self and cross
 `self_attention`, `cross_attention`   only that one
 `attention.*`                         its matrices; of a fused matrix the whole, not its rows
@@ -12,7 +12,7 @@
 `re:.*\\.(q|v)_proj`                   a regular expression that matches a whole module name
 `*`                                   every module, and every whole parameter that is a matrix of its own
 a function                            of a `Place`, true for those that are meant
-===================================== ====================================================================================
+===================================== ==================================================================================
 
 Alternatives are joined by `|` or by a comma. A role goes before a module name that reads the same.
 """
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from attunement.anatomy import Anatomy, Place
@@ -49,8 +49,8 @@ FUSED = {"query": ("qkv",), "key": ("qkv", "kv"), "value": ("qkv", "kv"), "gate"
 def select(anatomy: Anatomy, selection: str | Callable[[Place], bool]) -> list[Place]:
     """The places that a selection means, in the order of the model, each once.
 
-    A role that a model cannot tell apart inside a fused matrix (its layout is unknown) selects the whole matrix and warns.
-    A place inside another that a function selects as well (rows of a matrix, a sublayer of a module) is left to the other.
+    A role whose rows in a fused matrix are unknown selects the whole matrix and warns. Of what a function selects, rows
+    of a matrix and sublayers give way to the whole matrix and to the module itself.
 
     Raises:
         AttunementError: nothing matched, one of several alternatives is no role, name, class or block of this model, or
@@ -78,7 +78,9 @@ def _by_function(anatomy: Anatomy, wanted: Callable[[Place], bool]) -> list[Plac
     whole = {(id(place.module), place.parameter) for place in found if _is_whole(place)}
     found = [place for place in found if _is_whole(place) or (id(place.module), place.parameter) not in whole]
     if not found:
-        raise AttunementError(f"The function {wanted!r} selects none of the {len(anatomy.places)} places of {_model(anatomy)}.")
+        raise AttunementError(
+            f"The function {wanted!r} selects none of the {len(anatomy.places)} places of {_model(anatomy)}."
+        )
     return found
 
 
@@ -120,7 +122,11 @@ def _match(anatomy: Anatomy, pattern: str) -> list[Place]:
         return [place for place in anatomy.places if _is_whole(place)]
     if pattern.startswith("type:"):
         name = pattern[5:].strip()
-        return [place for place in anatomy.modules.values() if any(name == base.__name__ for base in type(place.module).__mro__)]
+        return [
+            place
+            for place in anatomy.modules.values()
+            if any(name == base.__name__ for base in type(place.module).__mro__)
+        ]
     if pattern.startswith("re:"):
         try:
             expression = re.compile(pattern[3:])
@@ -165,8 +171,9 @@ class _RolePath:
         if self.stack is not None:
             places = [place for place in places if place.stack == self.stack]
         if self.blocks:
-            chosen = {stack: self._indices(count) for stack, count in anatomy.stacks.items() if self.stack in (None, stack)}
-            self._check(anatomy, chosen)
+            chosen = self._chosen(
+                {stack: n for stack, n in anatomy.stacks.items() if self.stack in (None, stack)}, _model(anatomy)
+            )
             places = [place for place in places if place.block is not None and place.block in chosen[place.stack]]
         word, _, part = self.role.partition(".")
         if not self.role:
@@ -188,37 +195,38 @@ class _RolePath:
         whole = [place for place in wholes if (place.module, place.parameter) not in viewed]
         if whole:
             warnings.warn(
-                f"{self.pattern!r} selects the whole of {whole[0].name!r}{_more(whole)}: which of its rows are the {part} is"
-                " not known.",
+                f"{self.pattern!r} selects the whole of {whole[0].name!r}{_more(whole)}:"
+                f" which of its rows are the {part} is not known.",
                 stacklevel=4,
             )
         return whole
 
-    def _indices(self, count: int) -> set[int]:
-        chosen: set[int] = set()
-        for piece in self.indices.split(","):
-            piece = piece.strip()
-            numbers = piece.split(":")
-            try:
-                if piece == "*":
-                    chosen.update(range(count))
-                elif len(numbers) == 1:
-                    index = int(piece)
-                    chosen.update({index % count} if -count <= index < count else ())
-                else:
-                    chosen.update(range(count)[slice(*(int(number) if number.strip() else None for number in numbers))])
-            except (ValueError, TypeError):
+    def _chosen(self, counts: dict[str, int], model: str) -> dict[str, set[int]]:
+        """The indices that are meant in each stack; each piece has to name a block of at least one of them."""
+        chosen: dict[str, set[int]] = {stack: set() for stack in counts}
+        for piece in map(str.strip, self.indices.split(",")):
+            found = {stack: set(self._indices(piece, count)) for stack, count in counts.items()}
+            if not any(found.values()):
                 raise AttunementError(
-                    f"The selection {self.pattern!r} has {piece!r} where an index, a slice or * is expected."
-                ) from None
+                    f"The selection {self.pattern!r} names no block of {model} by {piece!r}; it has {_blocks(counts)}."
+                )
+            for stack, indices in found.items():
+                chosen[stack] |= indices
         return chosen
 
-    def _check(self, anatomy: Anatomy, chosen: dict[str, set[int]]) -> None:
-        if not any(chosen.values()):
-            sizes = ", ".join(f"{f'{stack} ' if stack else ''}blocks[0] to [{n - 1}]" for stack, n in anatomy.stacks.items())
+    def _indices(self, piece: str, count: int) -> Iterable[int]:
+        numbers = piece.split(":")
+        try:
+            if piece == "*":
+                return range(count)
+            if len(numbers) > 1:
+                return range(count)[slice(*(int(number) if number.strip() else None for number in numbers))]
+            index = int(piece)
+        except (ValueError, TypeError):
             raise AttunementError(
-                f"The selection {self.pattern!r} names no block of {_model(anatomy)}, which has {sizes or 'no stack of blocks'}."
-            )
+                f"The selection {self.pattern!r} has {piece!r} where an index, a slice or * is expected."
+            ) from None
+        return [index % count] if -count <= index < count else []
 
 
 # What went wrong
@@ -233,6 +241,12 @@ def _model(anatomy: Anatomy) -> str:
     return type(anatomy.model).__name__
 
 
+def _blocks(counts: Mapping[str, int]) -> str:
+    """`encoder.blocks[0] to [11], decoder.blocks[0] to [5]`."""
+    sizes = [f"{f'{stack}.' if stack else ''}blocks[0] to [{count - 1}]" for stack, count in counts.items()]
+    return ", ".join(sizes) or "no stack of blocks"
+
+
 def _more(places: list[Place]) -> str:
     return f" and {len(places) - 1} more" if len(places) > 1 else ""
 
@@ -244,7 +258,11 @@ def _nothing(anatomy: Anatomy, pattern: str) -> str:
         return f"No module of {_model(anatomy)} is a {pattern[5:]!r}{nearest(pattern[5:], types) or _some(types)}."
     names = [name for name in anatomy.modules if name]
     if pattern.startswith("re:"):
-        return f"No module name of {_model(anatomy)} matches the expression {pattern[3:]!r}{nearest(pattern[3:], names)}."
+        return (
+            f"No module name of {_model(anatomy)} matches the expression {pattern[3:]!r}{nearest(pattern[3:], names)}."
+        )
+    if (stack := re.match(r"(\w+)\.blocks\b", pattern)) and stack[1] not in anatomy.stacks:
+        return f"{_model(anatomy)} has no stack {stack[1]!r} for {pattern!r}; it has {_blocks(anatomy.stacks)}."
     roles = {place.role.replace("block", "blocks") for place in anatomy.places if place.role}
     tail = re.sub(r"^.*blocks(\[[^\]]*\])?\.?", "", pattern) or pattern
     likely = nearest(tail, roles) or _some(roles)

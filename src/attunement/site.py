@@ -279,6 +279,8 @@ class Site:
         self.transparent = layout.known(place.module)
         # whether calling the module applies this parameter: an attention's projections are read, not called
         self.called = parameter in (None, "weight") and base_of(type(place.module)).__name__ != _READ_ONLY
+        # the bias that goes with the matrix: "weight" -> "bias", "in_proj_weight" -> "in_proj_bias"
+        self.bias = (parameter or "").replace("weight", "bias") if "weight" in (parameter or "") else f"{parameter}_bias"
         slot = parameter or "output"
         self.slot = slot if view is None else f"{slot}-{place.role.rpartition('.')[2]}"
         self.key = f"{place.name}.{self.slot}" if place.name else self.slot
@@ -326,16 +328,17 @@ class Site:
         return self.layout.native(whole, parameter)
 
     def take_bias(self, bias: Tensor) -> Tensor:
-        return bias if self.view is None else rows_of(bias[:, None], self.view)[:, 0]
+        """This site's part (..., out) of the bias that goes with the matrix."""
+        return bias if self.view is None else rows_of(bias[..., None], self.view)[..., 0]
 
     def put_bias(self, bias: Tensor, part: Tensor) -> Tensor:
-        if self.view is None:
+        """The whole bias with this site's part in it; out of place."""
+        view = self.view
+        if view is None:
             return part
-        whole = bias.clone()
-        whole.view(self.view.groups, -1)[:, self.view.start : self.view.start + self.view.size] = part.view(
-            self.view.groups, -1
-        )
-        return whole
+        grouped = bias.clone().unflatten(-1, (view.groups, -1))
+        grouped[..., view.start : view.start + view.size] = part.unflatten(-1, (view.groups, -1))
+        return grouped.flatten(-2)
 
 
 def rows_of(W: Tensor, view: RowView) -> Tensor:

@@ -299,7 +299,7 @@ def _site(model: nn.Module, method: Method, said: Mapping[str, Any]) -> Site:
     )
     made: Any
     if parameter is None:
-        made = output_site(place)
+        made = output_site(method, place)
         made = made if isinstance(made, Site) else made[1]
     elif method.acts_on == "parameter":
         made = Site(place, parameter, PLAIN) if module._parameters.get(parameter) is not None else "it is not there"

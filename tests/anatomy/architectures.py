@@ -181,7 +181,9 @@ def mamba() -> nn.Module:
 
 @architecture
 def t5() -> nn.Module:
-    config = tf.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    config = tf.T5Config(
+        vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
     return tf.T5ForConditionalGeneration(config)
 
 
@@ -196,7 +198,12 @@ def t5_gated() -> nn.Module:
 def bart_config() -> tf.BartConfig:
     sizes = {"encoder_layers": 2, "decoder_layers": 3, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
     return tf.BartConfig(
-        vocab_size=96, d_model=32, encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=64, **sizes
+        vocab_size=96,
+        d_model=32,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        max_position_embeddings=64,
+        **sizes,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable
 
 import torch
@@ -117,7 +118,8 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def adapter_keys(model: nn.Module, name: str) -> list[str]:
-    return [key for key in model.state_dict() if f".attuned.{name}." in f".{key}"]
+    """The keys of one adapter; a name that nn.Module uses itself stands there with a mark behind it."""
+    return [key for key in model.state_dict() if re.search(rf"(^|\.)attuned\.{re.escape(name)}~?\.", key)]
 
 
 def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -236,6 +238,12 @@ def mixture(kind: str):
             if "experts" in name:
                 parameter.copy_(0.3 * torch.randn_like(parameter))
     return model.eval()
+
+
+def in_double(model):
+    """In float64, with the one implementation of experts that takes it."""
+    model.set_experts_implementation("eager")
+    return model.double()
 
 
 def logits(model: nn.Module, given: Tensor) -> Tensor:

@@ -214,13 +214,13 @@ def test_compiles_in_one_graph(recipe, fresh_compiler):
     model = tower()
     adapter = adapted(model, recipe)
     eager = model(ids())
-    eager.square().sum().backward()
+    eager.pow(3).sum().backward()
     expected = gradients(adapter)
     for parameter in adapter.parameters():
         parameter.grad = None
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     out = compiled(ids())
-    out.square().sum().backward()
+    out.pow(3).sum().backward()
     assert close(out, eager)
     assert all(close(value, expected[name], 1e-4) for name, value in gradients(adapter).items())
 
@@ -272,3 +272,30 @@ def test_query_value_globs_reach_every_site():
     keys = [key for key in model.state_dict() if ".attuned." in key and key.endswith(".A")]
     assert len(keys) == 4
     assert "blocks.0.attention.query.attuned.default.weight.A" in keys
+
+
+@pytest.mark.parametrize("method", [at.LoRA(rank=2), at.VeRA(rank=2), at.SSF()], ids=lambda m: type(m).__name__)
+def test_containers_that_iterate_over_their_children(method):
+    """nn.Sequential runs and counts every child it has: what an adapter adds must not be among them."""
+    torch.manual_seed(3)
+    inner = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.LayerNorm(6))
+    model = nn.Sequential(inner, nn.ReLU(), nn.Linear(6, 6))
+    x = torch.randn(2, 6)
+    bare = model(x).detach()
+    perturb(at.adapt(model, {"type:Linear": method}))
+    out = model(x).detach()
+    assert not close(out, bare, 1e-3)
+    assert len(model) == 3
+    assert len(inner) == 3
+    assert [type(m) for m in model.children()][:1] == [nn.Sequential]
+    assert close(nn.Sequential(*model)(x).detach(), out)
+    assert close(model[:2](x), inner(x).relu())
+    assert model[-1] is model[2]
+    listed = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+    perturb(at.adapt(listed, {"*": method}))
+    assert len(listed) == 2
+    assert [type(m).__name__ for m in listed] == ["Linear", "Linear"]
+    named = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)})
+    perturb(at.adapt(named, {"*": method}))
+    assert list(named) == ["a", "b"]
+    assert len(list(named.values())) == 2

@@ -84,6 +84,22 @@ def test_detach_with_the_hooks_still_there_restores_accelerates_own_state():
     assert torch.equal(logits(model, ids()), bare)
 
 
+def test_what_accelerate_leaves_behind_is_not_a_strangers():
+    """remove_hook_from_module puts the class's own forward into the instance."""
+    plain = tower()
+    adapted(plain, "mixed")
+    model = tower()
+    hook_all(model)
+    for module in model.modules():
+        remove_hook_from_module(module)
+    assert "forward" in vars(model.blocks[0].attention.query)
+    bare = logits(model, ids())
+    adapted(model, "mixed")
+    assert torch.equal(logits(model, ids()), logits(plain, ids()))
+    at.detach(model)
+    assert torch.equal(logits(model, ids()), bare)
+
+
 def test_a_dispatched_model_is_adapted():
     from accelerate import dispatch_model
 

@@ -30,7 +30,7 @@ NAMES = [
     "requires_grad_",
     "half",
     "in_proj_weight",
-    "ünïcode",
+    "_x-1",
 ]
 
 
@@ -46,6 +46,9 @@ def test_awkward_names(name, tmp_path):
     assert list(at.adapters(model)) == [name, "other"]
     assert adapter_keys(model, name)
     assert same_bits(base_state(model), state)
+    for key in model.state_dict():  # distributed checkpoints and FSDP walk a key attribute by attribute
+        owner, _, last = key.rpartition(".")
+        assert last in {**model.get_submodule(owner)._parameters, **model.get_submodule(owner)._buffers}
     model.train().eval().to(torch.float32)
     assert torch.equal(logits(copy.deepcopy(model), ids()), out)
     with at.using(model, at.Sum(name, "other")):
@@ -69,7 +72,9 @@ def test_all_of_them_at_once():
         assert torch.equal(logits(model, ids()), outs[name])
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "../x", "a/b", "/", ".", "..", " ", "a\\b", "a\nb", "a\0b"])
+@pytest.mark.parametrize(
+    "name", ["", "a.b", "../x", "a/b", "/", ".", "..", " ", "a\\b", "a\nb", "a\0b", "ünïcode", "-a"]
+)
 def test_unsafe_names_are_refused(name):
     model = tower()
     seen = look(model)

@@ -23,7 +23,7 @@ def test_types_of_tensors_and_of_outputs(recipe, base):
     out = model(ids())
     assert out.dtype == base
     assert set(inner.values()) == {(base, base)}
-    out.float().square().sum().backward()
+    out.float().pow(3).sum().backward()
     assert {g.dtype for g in gradients(adapter).values()} == {expected}
 
 
@@ -86,7 +86,7 @@ def test_autocast_keeps_the_bases_types(recipe):
     now, out = types()
     assert now == bare
     assert (out.float() - exact).abs().max() < 0.2
-    out.float().square().sum().backward()
+    out.float().pow(3).sum().backward()
     gradients(at.adapters(model)["default"])
 
 
@@ -99,7 +99,7 @@ def test_a_small_change_survives_a_bfloat16_base(method):
     adapter = at.adapt(model, {"0": method})
     x = torch.tensor([[1.0, -1.0]], dtype=torch.bfloat16)
     assert model(x).item() == 0
-    perturb(adapter, scale=3e-2)
+    perturb(adapter, scale=0.02)
     out = model(x).item()
     wide = nn.Sequential(nn.Linear(2, 1, bias=False))
     with torch.no_grad():
@@ -107,8 +107,8 @@ def test_a_small_change_survives_a_bfloat16_base(method):
     other = at.adapt(wide, {"0": method})
     other.load_state(adapter.state())
     expected = wide(x.float()).item()
-    assert expected != 0
-    assert abs(out - expected) < 0.02 * abs(expected)
+    assert 1e-5 < abs(expected) < 1.5e-3
+    assert abs(out - expected) < 0.3 * abs(expected)
 
 
 def test_train_over_bfloat16_steps_in_float32():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hostile import HIDDEN, base_state, close, gradients, ids, logits, mixture, perturb, same_bits
+from hostile import HIDDEN, base_state, close, gradients, ids, in_double, logits, mixture, perturb, same_bits
 
 import attunement as at
 
@@ -26,7 +26,7 @@ def rows(kind, role, tensor):
 @pytest.mark.parametrize("role", ["gate", "up", "down"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_role_acts_where_it_stands(kind, role, method):
-    model = mixture(kind).double()
+    model = in_double(mixture(kind))
     bare, state = logits(model, ids()), base_state(model)
     adapter = perturb(at.adapt(model, {f"experts.{role}": method}), scale=0.3)
     out = logits(model, ids())
@@ -56,7 +56,7 @@ def test_all_roles_together_train_and_save(kind, tmp_path):
     model, other = mixture(kind), mixture(kind)
     adapter = perturb(at.adapt(model, {"experts.{gate,up,down}": at.LoRA(rank=2)}), scale=0.3)
     assert len(list(adapter.parameters())) == 2 * 3 * 2
-    model(ids()).logits.square().sum().backward()
+    model(ids()).logits.pow(3).sum().backward()
     found = gradients(adapter)
     assert all(g.abs().sum() > 0 for g in found.values())
     adapter.save(tmp_path / "moe")
@@ -81,7 +81,7 @@ def test_every_implementation_of_the_experts_gives_the_same(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hand_merged_copy_gives_the_same(kind):
     """B A added by hand in the layout on disk: each expert has its own pair."""
-    model, plain = mixture(kind).double(), mixture(kind).double()
+    model, plain = in_double(mixture(kind)), in_double(mixture(kind))
     adapter = perturb(at.adapt(model, {"experts.down": at.LoRA(rank=2, alpha=2)}), scale=0.3)
     state = adapter.state()
     for layer, block in enumerate(plain.model.layers):
@@ -99,7 +99,7 @@ def test_the_router_trains(kind):
     bare = logits(model, ids())
     adapter = perturb(at.adapt(model, {"router": at.Train()}), scale=0.5)
     assert not close(logits(model, ids()), bare, 1e-4)
-    model(ids()).logits.square().sum().backward()
+    model(ids()).logits.pow(3).sum().backward()
     gradients(adapter)
     at.detach(model)
     assert torch.equal(logits(model, ids()), bare)

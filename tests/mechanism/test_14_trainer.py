@@ -230,7 +230,10 @@ def test_a_quantised_base_trains_and_the_mark_stays_nowhere(tmp_path):
     base = bert("BertForSequenceClassification", hidden_size=64, intermediate_size=64)
     base.save_pretrained(tmp_path / "base")
     config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        llm_int8_skip_modules=["classifier"],
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
     )
     model = transformers.BertForSequenceClassification.from_pretrained(
         tmp_path / "base", quantization_config=config, device_map={"": "cpu"}

@@ -4,6 +4,8 @@ ZeRO-3 keeps parameters empty and fills them when their own module runs or is re
 every parameter, the base's and the adapter's, so that a value taken at any other time is empty and fails loudly.
 """
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from hostile import RECIPES, adapted, bert, close, gradients, ids, logits, mixture, perturb, tower
@@ -12,8 +14,8 @@ from torch import nn
 import attunement as at
 
 
-class Gathering(dict):
-    """A module's `_parameters`: filled on reading, as DeepSpeed's ZeROOrderedDict does."""
+class Gathering(OrderedDict):
+    """A module's `_parameters`: filled on reading an item, as DeepSpeed's ZeROOrderedDict does."""
 
     def __init__(self, parameters, zero):
         super().__init__(parameters)
@@ -25,52 +27,41 @@ class Gathering(dict):
             self.zero.fill(parameter)
         return parameter
 
-    def get(self, name, default=None):
-        try:
-            return self[name]
-        except KeyError:
-            return default
-
-    def items(self):
-        return [(name, self[name]) for name in self]
-
-    def values(self):
-        return [self[name] for name in self]
-
 
 class Zero:
-    """Empties every parameter between uses of its module."""
+    """Empties every parameter when the module that made it appear has run."""
 
     def __init__(self, model):
-        self.model = model
         self.whole = {id(p): p.data for p in model.parameters()}
         self.parameters = list(model.parameters())
-        self.on = True
+        self.running = []  # a stack of what each running module has filled
         self.reads = 0
         for module in model.modules():
             module._parameters = Gathering(dict(module._parameters), self)
+            module.register_forward_pre_hook(self.before)
             module.register_forward_hook(self.after)
         self.empty()
 
     def fill(self, parameter):
-        if self.on and parameter.numel() == 0:
+        if self.running and parameter.numel() == 0:
             self.reads += 1
             parameter.data = self.whole[id(parameter)]
+            self.running[-1].append(parameter)
 
-    def after(self, module, *_):
-        if self.on:
-            for parameter in dict.values(module._parameters):
-                if parameter is not None:
-                    parameter.data = torch.empty(0, dtype=parameter.dtype)
-            if module is self.model:
-                self.empty()
+    def before(self, module, *_):
+        self.running.append([])
+        for name in module._parameters:
+            module._parameters[name]
+
+    def after(self, *_):
+        for parameter in self.running.pop():
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
 
     def empty(self):
         for parameter in self.parameters:
             parameter.data = torch.empty(0, dtype=parameter.dtype)
 
     def restore(self):
-        self.on = False
         for parameter in self.parameters:
             parameter.data = self.whole[id(parameter)]
 
@@ -80,7 +71,7 @@ def test_forward_and_backward_with_gathered_parameters(recipe):
     model = tower()
     adapter = adapted(model, recipe)
     out = model(ids())
-    out.square().sum().backward()
+    out.pow(3).sum().backward()
     expected = gradients(adapter)
     for p in adapter.parameters():
         p.grad = None
@@ -89,7 +80,7 @@ def test_forward_and_backward_with_gathered_parameters(recipe):
         assert close(model(ids()), out.detach())
         assert close(model(ids()), out.detach()), "something kept a tensor of the first forward"
     assert zero.reads
-    loss = model(ids()).square().sum()
+    loss = model(ids()).pow(3).sum()
     zero.restore()
     loss.backward()
     assert all(close(value, expected[key], 1e-5) for key, value in gradients(adapter).items())
@@ -142,7 +133,7 @@ def test_other_objects_in_every_module_are_followed(recipe):
         for key in module._buffers:
             module._buffers[key] = theirs[name]._buffers[key].clone()
     assert torch.equal(logits(model, ids()), logits(other, ids()))
-    model(ids()).square().sum().backward()
+    model(ids()).pow(3).sum().backward()
     gradients(at.adapters(model)["default"])
 
 
@@ -151,7 +142,7 @@ def test_no_module_keeps_a_tensor_in_a_plain_attribute(recipe):
     """A tensor outside `_parameters` and `_buffers` is seen by neither `to`, FSDP nor ZeRO."""
     model = tower()
     adapted(model, recipe)
-    model(ids()).square().sum().backward()
+    model(ids()).pow(3).sum().backward()
     logits(model, ids())
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
 

@@ -53,7 +53,7 @@ def whole(tensor):
 def loss_of(model, given):
     out = model(given)
     out = out if torch.is_tensor(out) else out.logits
-    return out.square().mean()
+    return out.pow(3).mean()
 
 
 def expected_gradients(model, adapter, given):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BertConfig,
@@ -102,6 +103,11 @@ FROM_PEFT = {
         "gpt2",
         lambda: peft.LoraConfig(r=4, target_modules=["c_attn", "mlp.c_proj", "wte"], fan_in_fan_out=True),
     ),
+    "lora-larger-than-the-matrix": (
+        "llama",
+        lambda: peft.LoraConfig(r=12, lora_alpha=5, target_modules=["k_proj", "v_proj"], use_rslora=True),
+    ),
+    "dora-larger-than-the-matrix": ("conv", lambda: peft.LoraConfig(r=6, use_dora=True, target_modules=["linear"])),
     "lora-convolution": (
         "conv",
         lambda: peft.LoraConfig(r=3, target_modules=["second"], modules_to_save=["linear"]),
@@ -157,7 +163,7 @@ def test_reads_what_peft_writes(case: str, tmp_path: Path) -> None:
     before, expected = output(base, name), output(theirs, name)
     keys = set(base.state_dict())
 
-    adapter = format.load(base, tmp_path, "theirs")
+    adapter = at.load(base, tmp_path, "theirs")
 
     torch.testing.assert_close(output(base, name), expected, atol=TOLERANCE, rtol=TOLERANCE)
     assert (expected - before).abs().max() > 1e-3
@@ -183,10 +189,10 @@ TO_PEFT = {
         "gpt2",
         {"attention.qkv": at.LoRA(rank=4), "mlp.down": at.LoRA(rank=4), "embedding": at.LoRA(rank=4)},
     ),
-    "lora-convolution": ("conv", {"second": at.LoRA(rank=3), "linear": at.Train(), "norm": at.Train()}),
+    "lora-convolution": ("conv", {"second": at.LoRA(rank=3), "head": at.Train(), "norm": at.Train()}),
     "dora": ("llama", {"attention.query|mlp.down": at.DoRA(rank=4, alpha=8)}),
     "dora-conv1d-embedding": ("gpt2", {"attention.qkv|embedding": at.DoRA(rank=4)}),
-    "dora-convolution": ("conv", {"second": at.DoRA(rank=3), "linear": at.DoRA(rank=3)}),
+    "dora-convolution": ("conv", {"second": at.DoRA(rank=3), "head": at.DoRA(rank=3)}),
     "vera": ("llama", {"attention.{query,value}": at.VeRA(rank=5, seed=3)}),
     "vera-stored": ("bert", {"attention.{query,value}|mlp.up": at.VeRA(rank=5, stored=True)}),
     "ia3": ("bert", {"attention.{key,value}|mlp.down": at.IA3()}),
@@ -212,7 +218,7 @@ def test_peft_reads_what_is_written_here(case: str, tmp_path: Path) -> None:
 
     torch.testing.assert_close(output(theirs, name), expected, atol=TOLERANCE, rtol=TOLERANCE)
     assert (expected - output(base, name)).abs().max() > 1e-3
-    again = format.load(base, tmp_path / "out")
+    again = at.load(base, tmp_path / "out")
     torch.testing.assert_close(output(base, name), expected, atol=TOLERANCE, rtol=TOLERANCE)
     assert again.count() == adapter.count()
 
@@ -241,6 +247,7 @@ def test_targets_are_the_short_list_that_servers_expect(tmp_path: Path) -> None:
         ("bert", {"attention.query": at.LoRA(rank=2), "norm": at.Train(only="bias")}, "without its weight"),
         ("bert", {"attention.query": at.HRA(rank=2), "attention.value": at.HRA(rank=4)}, "one rank"),
         ("llama", {"mlp.down": at.Train()}, "only beside a method"),
+        ("conv", {"second|linear": at.DoRA(rank=2)}, "trained whole and adapted by DoRA"),
     ],
 )
 def test_refuses_to_write(name: str, recipe: dict[str, at.Method], words: str, tmp_path: Path) -> None:
@@ -272,6 +279,37 @@ def test_refuses_to_read(changes: dict[str, object], words: str, tmp_path: Path)
     with pytest.raises(at.AttunementError, match=words):
         format.load(base, tmp_path)
     assert at.adapters(base) == {}
+
+
+@pytest.mark.parametrize(
+    ("leave_out", "words"),
+    [("query.lora_B.weight", "has lora_A.weight but no 'B'"), ("adapter_model", "no adapter_model.safetensors")],
+)
+def test_refuses_an_incomplete_checkpoint(leave_out: str, words: str, tmp_path: Path) -> None:
+    base = lora_checkpoint(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    if leave_out in file.name:
+        file.rename(tmp_path / "elsewhere")
+    else:
+        save_file({key: value for key, value in load_file(file).items() if not key.endswith(leave_out)}, file)
+    with pytest.raises(at.AttunementError, match=words):
+        format.load(base, tmp_path)
+    assert at.adapters(base) == {}
+
+
+def test_refuses_a_checkpoint_without_its_magnitudes(tmp_path: Path) -> None:
+    with pytest.raises(at.AttunementError, match=r"has nothing for 'bert\..*\.magnitude'"):
+        format.load(lora_checkpoint(tmp_path, use_dora=True), tmp_path)
+
+
+def test_refuses_a_checkpoint_without_its_projections(tmp_path: Path) -> None:
+    base = made("llama")
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.VeraConfig(r=2, target_modules=["q_proj"]))
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if "vera_A" not in key}, file)
+    with pytest.raises(at.AttunementError, match=r"has no base_model\.vera_A"):
+        format.load(base, tmp_path)
 
 
 def test_refuses_a_checkpoint_of_another_model(tmp_path: Path) -> None:

@@ -173,8 +173,8 @@ def check_folder(recipe: Recipe, folder: Path, resume: bool, overwrite: bool) ->
             "elsewhere"
         )
     before, now = yaml.safe_load(old.read_text(encoding="utf-8")), recipe.plain()
-    if recipe.task.model_fields.get("labels") and getattr(recipe.task, "labels", None) is None:
-        before["task"].pop("labels", None)
+    if getattr(recipe.task, "labels", None) is None:
+        before["task"].pop("labels", None)  # found in the rows by the first run
     for key, was in _flat(before).items():
         given = _flat(now).get(key)
         if given != was:
@@ -257,7 +257,6 @@ def export_folder(folder: Path, to: str, out: Path, rank: int) -> str:
 
 def quiet() -> None:
     """Leave the terminal to what a person wants to read."""
-    import logging
     import warnings
 
     import datasets
@@ -266,7 +265,6 @@ def quiet() -> None:
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", message=".*null_placement.*")
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")

@@ -33,6 +33,11 @@ class IA3(WeightMethod):
             return self.side
         return "input" if site.role.endswith("mlp.down") else "output"
 
+    def refuse(self, site: Site) -> str | None:
+        if self.form(site) == "input" and getattr(site.module, "kernel_size", None):
+            return "a convolution's columns are not channels; rescale its output with side='output'"
+        return None
+
     def tensors(self, site: Site) -> Tensors:
         if self.form(site) == "input":
             return {"columns": torch.ones(site.inputs)}  # (in,)
@@ -45,7 +50,8 @@ class IA3(WeightMethod):
         return y * rows  # (..., out)
 
     def weight(self, W: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
-        return W * columns if rows is None else rows[:, None] * W  # (out, in)
+        W = W if rows is None else rows[:, None] * W  # (out, in)
+        return W if columns is None else W * columns
 
     def bias(self, b: Tensor, rows: Tensor | None = None) -> Tensor:
         return b if rows is None else rows * b  # (out,)

@@ -18,10 +18,11 @@ class SSF(WeightMethod):
     As a weight W' = diag(gamma) W and b' = gamma * b + beta, which is how it merges.
 
     Start: gamma one, beta zero. The reference code draws them from normal(1, 0.02) and normal(0, 0.02), which changes
-    the model before training. Its placement is every linear layer, convolution and norm below the head.
+    the model before training. Its placement is every linear layer, convolution and norm below the head, patch embedding
+    included; token embeddings, which its vision models do not have, are left out.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*|norm|conv|embedding"
+    placement: ClassVar[str] = "attention.*|mlp.*|norm|conv"
 
     def tensors(self, site: Site) -> Tensors:
         return {"gamma": torch.ones(site.outputs), "beta": torch.zeros(site.outputs)}  # (out,), (out,)

@@ -1,0 +1,1 @@
+"""Attunement beside PEFT, measured in one process: `python -m benchmarks`."""

@@ -1,0 +1,46 @@
+"""Methods as somebody else would write them, in the forms that the library's own do not use: they join the matrix."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+import attunement as at
+
+
+@at.register("third_party/tint", source="https://example.org/tint")
+class Tint(at.WeightMethod):
+    """W' = W + tanh(D) * W, elementwise."""
+
+    def tensors(self, site):
+        return {"D": torch.zeros(site.outputs, site.inputs)}  # (out, in)
+
+    def delta(self, W: Tensor, D: Tensor) -> Tensor:
+        return torch.tanh(D) * W
+
+
+@at.register("third_party/gate", source="https://example.org/gate")
+class Gate(at.OutputMethod):
+    """x' = (1 + g) * x."""
+
+    cannot: ClassVar = {"merge": "what enters is no weight"}
+
+    def tensors(self, site):
+        return {"g": torch.zeros(site.inputs)}  # (in,)
+
+    def input(self, x: Tensor, g: Tensor) -> Tensor:
+        return x * (1 + g)
+
+
+@at.register("third_party/common", source="https://example.org/common")
+class Common(at.WeightMethod):
+    """W' = W + s c[:out] c[:in]^T, with one trained c for all matrices."""
+
+    def shared(self, sites):
+        return {"c": torch.ones(max(max(site.outputs, site.inputs) for site in sites))}  # (largest,)
+
+    def tensors(self, site):
+        return {"s": torch.zeros(1)}  # (1,)
+
+    def factors(self, W: Tensor, s: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        return c[: W.shape[0], None], s * c[None, : W.shape[1]]  # (out, 1), (1, in)
