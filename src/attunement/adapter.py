@@ -14,7 +14,7 @@ from attunement.anatomy import Anatomy, Place, anatomy
 from attunement.attach import CONTAINER, Holder, Part, exchange, sealed_forward
 from attunement.compose import Active, checked
 from attunement.errors import AttunementError
-from attunement.method import Method, Tagged, tagged
+from attunement.method import Method, Tagged, is_additive, tagged
 from attunement.method import method as method_named
 from attunement.root import Bench, bench_of, root_extras
 from attunement.selection import select
@@ -331,7 +331,7 @@ def check_name(model: Any, name: Any) -> None:
             f"adapt: there is already an adapter {name!r} on this model; detach it or choose another name"
         )
     for path, module in model.named_modules():
-        if type(module).__module__.startswith("peft.") or hasattr(module, "peft_config"):
+        if type(module).__module__.startswith("peft.") or "peft_config" in module.__dict__:
             raise AttunementError(
                 f"adapt: {path or type(module).__name__} has been adapted by PEFT; merge or unload that first, "
                 "or load its checkpoint here with attunement.load"
@@ -373,8 +373,8 @@ def _names_head(selection: Any) -> bool:
 def _group(
     structure: Anatomy, selection: Any, method: Method, heads: Mapping[str, Place], places: list[Place] | None = None
 ) -> Group:
-    explicit = selection is not None and not (isinstance(selection, str) and selection.startswith(("*", "type:")))
-    explicit = explicit and not (isinstance(selection, str) and selection.strip() == "*")
+    word = selection.strip() if isinstance(selection, str) else ""
+    explicit = selection is not None and word != "*" and not word.startswith("type:")
     selection = method.placement if selection is None else selection
     places = [p for p in select(structure, selection) if not _is_ours(p.name)] if places is None else places
     group = Group(method, selection if isinstance(selection, str) else getattr(selection, "__name__", "predicate"), [])
@@ -458,6 +458,8 @@ def _matrix_site(method: Method, place: Place) -> Site | str:
     site = Site(place, parameter, layout, place.view)
     if site.inputs == 1 and not hasattr(method, "output") and layout.matrix is not OPAQUE.matrix:
         return "a norm's weight is a vector"
+    if layout.beside_only and not is_additive(method) and not hasattr(method, "output"):
+        return "the base is quantised, which only additive changes can run beside"
     if hasattr(method, "bias") and not site.called and site.bias not in place.module._parameters:
         return f"{type(place.module).__name__} has no {site.bias!r} to go with its {parameter!r}"
     return site
@@ -604,7 +606,8 @@ def _initial(method: Method, site: Site) -> dict[str, Tagged]:
 
 def _placed(tensors: Mapping[str, Tagged], site: Site) -> dict[str, Tagged]:
     """On the device of the site, float64 over a float64 base, float32 otherwise."""
-    near = next(site.module.parameters(), None)
+    near = site.module._parameters.get(site.parameter or "weight")
+    near = next(site.module.parameters(), None) if near is None else near
     if near is None:
         return dict(tensors)
     hook = site.module.__dict__.get("_hf_hook")  # offloaded weights rest on "meta" and come to this device to run
@@ -638,6 +641,8 @@ def using(model: nn.Module, active: Active) -> Iterator[None]:
         yield
     finally:
         bench.switch(before)
+        if not torch.is_grad_enabled():  # no backward pass will come for what ran in the block
+            bench.mark()
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

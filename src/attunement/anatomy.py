@@ -25,7 +25,7 @@ Limits: a model whose roles cannot be found (state-space mixers, for one) still 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -102,7 +102,7 @@ class Anatomy:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        root = _grow(model, "", None, "", {model})
+        root = _grow(model, {model})
         stacks = _find_stacks(root)
         self.stacks: dict[str, int] = {name: len(items) for name, (_, items) in stacks.items()}
         sublayers = _find_roles(root, stacks)
@@ -113,6 +113,9 @@ class Anatomy:
         self.task_heads: tuple[Place, ...] = tuple(
             self.modules[node.name] for head in heads for node in head.walk() if _own_parameters(node.module)
         )
+        for node in root.order:  # without cycles the model is freed as soon as it is let go
+            node.parent = None
+        root.order.clear()
 
     @cached_property
     def blocks(self) -> tuple[Place, ...]:
@@ -156,10 +159,10 @@ class _Node:
 
     __slots__ = (
         *("module", "name", "parent", "leaf", "children", "kind", "inputs", "outputs"),
-        *("role", "matrices", "block", "stack", "parts"),
+        *("role", "matrices", "block", "stack", "parts", "order", "first", "last"),
     )
 
-    def __init__(self, module: nn.Module, name: str, parent: _Node | None, leaf: str) -> None:
+    def __init__(self, module: nn.Module, name: str, parent: _Node | None, leaf: str, order: list[_Node]) -> None:
         self.module, self.name, self.parent, self.leaf = module, name, parent, leaf
         self.children: list[_Node] = []
         self.kind, self.inputs, self.outputs = sizes(module)
@@ -168,11 +171,11 @@ class _Node:
         self.block: int | None = None
         self.stack = ""
         self.parts: list[dict[str, Any]] = []  # of places inside its parameters
+        self.order, self.first, self.last = order, len(order), 0  # all nodes, and where its subtree stands among them
 
-    def walk(self) -> Iterator[_Node]:
-        yield self
-        for child in self.children:
-            yield from child.walk()
+    def walk(self) -> list[_Node]:
+        """The module and all inside it, in the order of `named_modules`."""
+        return self.order[self.first : self.last]
 
 
 _MATRICES = {"linear": 1, "conv": 1, "mha": 2, "experts": 2}
@@ -180,16 +183,20 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase
 _EXPERT = re.compile(r"^(gate_up|gate|up|down)(_proj)?$")
 
 
-def _grow(module: nn.Module, name: str, parent: _Node | None, leaf: str, seen: set[nn.Module]) -> _Node:
-    node = _Node(module, name, parent, leaf)
+def _grow(
+    module: nn.Module, seen: set[nn.Module], name: str = "", parent: _Node | None = None, leaf: str = ""
+) -> _Node:
+    node = _Node(module, name, parent, leaf, [] if parent is None else parent.order)
+    node.order.append(node)
     for key, child in module._modules.items():
         if child is not None and child not in seen and key != CONTAINER:
             seen.add(child)
-            grown = _grow(child, f"{name}.{key}" if name else key, node, key, seen)
+            grown = _grow(child, seen, f"{name}.{key}" if name else key, node, key)
             node.children.append(grown)
             node.matrices += grown.matrices
     if node.kind == "mha":
         node.matrices = _MATRICES["mha"]
+    node.last = len(node.order)
     return node
 
 
@@ -198,11 +205,6 @@ def sizes(module: nn.Module) -> tuple[str, int, int]:
     if isinstance(module, nn.Linear):
         return "linear", module.in_features, module.out_features
     parameters = module._parameters
-    if not parameters:
-        packed = isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
-        if packed:  # quantised: the weight is kept as buffers
-            return "linear", module.in_features, module.out_features  # type: ignore[return-value]
-        return ("conv", 0, 0) if isinstance(module, nn.modules.conv._ConvNd) else ("", 0, 0)
     weight = parameters.get("weight")
     if isinstance(module, nn.modules.conv._ConvNd):
         return "conv", module.in_channels, module.out_channels
@@ -213,17 +215,17 @@ def sizes(module: nn.Module) -> tuple[str, int, int]:
     if isinstance(module, _NORMS):
         return ("norm" if weight is not None else ""), 0, 0
     if weight is None:
-        banks = [
-            value for key, value in parameters.items() if value is not None and _EXPERT.match(key) and value.dim() == 3
-        ]
-        return ("experts", banks[0].shape[0], 0) if banks else ("", 0, 0)
+        for key, value in parameters.items():
+            if value is not None and value.dim() == 3 and _EXPERT.match(key):
+                return "experts", value.shape[0], 0
+        inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+        known = isinstance(inputs, int) and isinstance(outputs, int)  # a quantised weight under other names
+        return ("linear", inputs, outputs) if known else ("", 0, 0)  # type: ignore[return-value]
     if weight.dim() == 1 and weight.numel() > 1 and not isinstance(module, nn.PReLU):
         return "norm", 0, 0
     if weight.dim() == 2:
-        outputs, inputs = weight.shape
-        if type(module).__name__ == "Conv1D":
-            return "linear", outputs, inputs
-        return "linear", inputs, outputs
+        rows, columns = weight.shape
+        return ("linear", rows, columns) if type(module).__name__ == "Conv1D" else ("linear", columns, rows)
     return "", 0, 0
 
 
@@ -237,8 +239,9 @@ def _own_parameters(module: nn.Module) -> bool:
 def _is_stack(node: _Node) -> bool:
     """A list of modules of two or more matrices each: of any class in a ModuleList, of one class in a Sequential."""
     return (
-        isinstance(node.module, (nn.ModuleList, nn.Sequential))
+        _is_list(node)
         and bool(node.children)
+        and node.leaf != "experts"  # one of them runs, not one after the other
         and all(child.matrices >= 2 and child.children for child in node.children)
         and (isinstance(node.module, nn.ModuleList) or _alike(node.children))
     )
@@ -257,20 +260,20 @@ def _unfold(items: list[_Node]) -> list[_Node]:
     return [block for lists in inner for block in _unfold(lists[0].children)] if staged else items
 
 
+def _search(node: _Node, found: dict[tuple[str, ...], list[_Node]]) -> None:
+    """The outermost lists of blocks, by path; layer1, layer2 and layer3 of one parent are one stack."""
+    if _is_stack(node):
+        found.setdefault(tuple(node.name.rstrip("0123456789").split(".")), []).extend(_unfold(node.children))
+    else:
+        for child in node.children:
+            if child.matrices > 1:
+                _search(child, found)
+
+
 def _find_stacks(root: _Node) -> dict[str, tuple[str, list[_Node]]]:
     """{stack: (path of the part of the model that it is in, its blocks)}; every block's nodes know their index."""
     found: dict[tuple[str, ...], list[_Node]] = {}
-
-    def search(node: _Node) -> None:
-        if _is_stack(node):
-            path = node.name.rstrip("0123456789")  # layer1, layer2, layer3 are one stack
-            found.setdefault(tuple(path.split(".")), []).extend(_unfold(node.children))
-        else:
-            for child in node.children:
-                if child.matrices > 1:
-                    search(child)
-
-    search(root)
+    _search(root, found)
     named = _name_stacks(list(found)) if len(found) > 1 else dict.fromkeys(found, ("", ""))
     stacks = {}
     for path, items in found.items():
@@ -364,7 +367,7 @@ def _owner(node: _Node) -> tuple[_Node, str]:
 def _find_roles(root: _Node, stacks: Mapping[str, tuple[str, list[_Node]]]) -> dict[_Node, list[_Sublayer]]:
     """Sets the role of every node; returns the sublayers of each block, and those outside of blocks under the root."""
     blocks = [item for _, items in stacks.values() for item in items]
-    sublayers = {block: _block_roles(block, list(block.walk()), whole=True) for block in blocks}
+    sublayers = {block: _block_roles(block, block.walk(), whole=True) for block in blocks}
     for block in blocks:
         for node in block.walk():
             if node.kind == "embedding":
@@ -373,8 +376,7 @@ def _find_roles(root: _Node, stacks: Mapping[str, tuple[str, list[_Node]]]) -> d
     sublayers[root] = _block_roles(root, outside, whole=not blocks)
     for node in outside:
         if node.kind == "embedding" and not node.role:
-            leaf = f"{node.leaf}" if node.leaf else node.name
-            kind = ".position" if _POSITION.search(leaf) else ".type" if _TYPE.search(leaf) else ""
+            kind = ".position" if _POSITION.search(node.leaf) else ".type" if _TYPE.search(node.leaf) else ""
             node.role = f"embedding{kind}"
         elif node.leaf == "pooler":
             for inner in node.walk():
@@ -443,10 +445,8 @@ def _attention(block: _Node, owner: _Node, own: list[_Node], linear: list[_Node]
     for node in projections:
         node.role = f"{role}.{words[node]}"
     scope, output = owner, _attention_output(owner, first.inputs, linear)
-    while (
-        output is None and scope is not block and scope.parent is not None
-    ):  # BERT: attention.output beside attention.self
-        scope = scope.parent
+    while output is None and scope is not block and scope.parent is not None:
+        scope = scope.parent  # BERT: attention.output stands beside attention.self
         output = _attention_output(scope, first.inputs, linear, direct=scope.block is not None and scope is block)
     members = [*projections]
     if output is not None:
@@ -548,22 +548,17 @@ def _bank(node: _Node) -> None:
         if word == "gate_up":
             half = (columns if transposed else rows) // 2
             side_by_side = getattr(module, "is_concatenated", True)
-            gate, up = (
-                (RowView(1, 0, half), RowView(1, half, half))
-                if side_by_side
-                else (RowView(half, 0, 1), RowView(half, 1, 1))
-            )
-            node.parts.append(part | {"role": "experts.gate", "view": gate})
-            node.parts.append(part | {"role": "experts.up", "view": up})
+            groups, size = (1, half) if side_by_side else (half, 1)
+            node.parts.append(part | {"role": "experts.gate", "view": RowView(groups, 0, size)})
+            node.parts.append(part | {"role": "experts.up", "view": RowView(groups, size, size)})
 
 
 def _feed_forward_words(own: list[_Node]) -> dict[_Node, str]:
     """{matrix: up, gate, gate_up or down} when these are all the matrices of one feed-forward part, else {}."""
     if len(own) not in (2, 3):
         return {}
-    down = next((node for node in own if _DOWN.search(_owner(node)[1].lower())), own[-1])
-    if not (down.outputs == own[0].inputs or down is not own[-1]):
-        return {}
+    named = [node for node in own if _DOWN.search(_owner(node)[1].lower())]
+    down = named[0] if len(named) == 1 else own[-1]
     rest = [node for node in own if node is not down]
     if down.outputs != rest[0].inputs or any(node.inputs != rest[0].inputs for node in rest):
         return {}
@@ -607,19 +602,8 @@ def _feed_forward_roles(words: Mapping[_Node, str]) -> _Sublayer:
 
 # Heads
 
-_HEAD = {
-    "head",
-    "classifier",
-    "fc",
-    "linear",
-    "score",
-    "lm_head",
-    "classification_head",
-    "output",
-    "out",
-    "logits",
-    "qa_outputs",
-}
+_HEAD = {"head", "classifier", "score", "lm_head", "classification_head", "qa_outputs", "logits"}
+_LAST = _HEAD | {"fc", "linear", "output", "out"}
 
 
 def _find_heads(root: _Node, stacks: Mapping[str, tuple[str, list[_Node]]]) -> list[_Node]:
@@ -644,7 +628,7 @@ def _find_heads(root: _Node, stacks: Mapping[str, tuple[str, list[_Node]]]) -> l
         top = top.children[0]
     last = max((index for index, child in enumerate(top.children) if child in behind), default=None)
     if last is None:  # no blocks: only what is called a head is one
-        ends = [child for child in top.children if child.kind == "linear" and child.leaf in _HEAD][-1:]
+        ends = [child for child in top.children if child.kind == "linear" and child.leaf in _LAST][-1:]
     else:
         ends = [
             child for index, child in enumerate(top.children)
@@ -653,8 +637,8 @@ def _find_heads(root: _Node, stacks: Mapping[str, tuple[str, list[_Node]]]) -> l
     matrices = [node for end in ends for node in end.walk() if node.kind == "linear"]
     for node in matrices:
         node.role = node.role or "head"
-    vocabularies = {node.inputs for node in root.walk() if node.role == "embedding"}
-    speaks = vocabulary is not None or any(node.outputs in vocabularies for node in matrices)
+    vocabularies = {(node.inputs, node.outputs) for node in root.walk() if node.role == "embedding"}
+    speaks = vocabulary is not None or any((node.outputs, node.inputs) in vocabularies for node in matrices)
     return [] if speaks else ends
 
 
@@ -669,24 +653,35 @@ def _collect(root: _Node, sublayers: Mapping[_Node, list[_Sublayer]]) -> tuple[t
     places: list[Place] = []
     modules: dict[str, Place] = {}
     made: dict[_Node, list[Place]] = {}
-
-    def collect(node: _Node) -> None:
-        block, stack = node.block, node.stack
-        modules[node.name] = place = Place(node.name, node.module, node.role, block, stack)
-        own = made[node] = [place]
-        for part in node.parts:
-            own.append(Place(node.name, node.module, block=block, stack=stack, **part))
-        places.extend(own)
-        start = len(places)
-        for child in node.children:
-            collect(child)
-        for role, end, entry, members in sublayers.get(node, ()):
-            inside = tuple(place for member in members for place in made[member] if place.role)
-            entering = None if entry is None else entry.module
-            places.append(Place(end.name, end.module, role, end.block, end.stack, entry=entering, members=inside))
-        if block is not None and (node.parent is None or node.parent.block is None):
+    outer, start = root, 0  # the block that is being read, and where its own places begin
+    for index, node in enumerate(root.order, start=1):
+        place = modules[node.name] = Place(node.name, node.module, node.role, node.block, node.stack)
+        made[node] = [
+            place,
+            *(Place(node.name, node.module, block=node.block, stack=node.stack, **p) for p in node.parts),
+        ]
+        places += made[node]
+        if node.block is not None and (node.parent is None or node.parent.block is None):
+            outer, start = node, len(places)
+        if outer is not root and index == outer.last:
+            places += _places(sublayers[outer], made)
             inside = tuple(places[start:])
-            places.insert(start, Place(node.name, node.module, "block", block, stack, members=inside))
+            block = Place(outer.name, outer.module, "block", outer.block, outer.stack, members=inside)
+            places.insert(start, block)
+            outer = root
+    return (*places, *_places(sublayers[root], made)), modules
 
-    collect(root)
-    return tuple(places), modules
+
+def _places(sublayers: list[_Sublayer], made: Mapping[_Node, list[Place]]) -> list[Place]:
+    return [
+        Place(
+            end.name,
+            end.module,
+            role,
+            end.block,
+            end.stack,
+            entry=None if entry is None else entry.module,
+            members=tuple(place for member in members for place in made[member] if place.role),
+        )
+        for role, end, entry, members in sublayers
+    ]

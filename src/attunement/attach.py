@@ -72,7 +72,7 @@ class Part:
         self.taps = method.reads_input() and site.place.entry is not None
         self.entered: Tensor | None = None  # x, between the sublayer's entry and its exit
 
-    def values(self, form: str) -> dict[str, Any]:
+    def values(self, form: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """The tensors that an expression takes, by name; read from the modules that own them, at every use."""
         holder = self.holder
         values = {**holder._parameters, **holder._buffers}
@@ -80,7 +80,11 @@ class Part:
             values.update(shared._parameters)
             values.update(shared._buffers)
         wanted = self.takes[form]
-        return values if wanted is None else {name: values[name] for name in wanted}
+        if wanted is not None:
+            values = {name: values[name] for name in wanted}
+        if dtype is not None:
+            values = {n: t.to(dtype) if t.is_floating_point() else t for n, t in values.items()}
+        return values
 
     def chain(self, module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The additive change as factors (out, r) ... (r, in), in the precision of the activation."""
@@ -91,7 +95,7 @@ class Part:
         else:
             with exact(self):
                 W = self.matrix(module) if self.reads_weight else self.shaped(module)
-                made = getattr(self.method, form)(W, **self.values(form))
+                made = getattr(self.method, form)(W, **self.values(form, W.dtype if self.reads_weight else None))
             links = made if form == "factors" else (made,)
         for link in links:
             if link.dtype is not dtype:
@@ -138,7 +142,7 @@ class Part:
             return W + self._change(W, values)
         made: Tensor = self.method.weight(W, **values)  # type: ignore[attr-defined]
         if hasattr(self.method, "bias") and not self.site.batch:
-            shift = self.method.bias(torch.zeros_like(W[:, 0]), **self.values("bias"))
+            shift = self.method.bias(torch.zeros_like(W[:, 0]), **self.values("bias", W.dtype))
             made = made if (folded := self.site.layout.absorb(made, shift)) is None else folded
         return made
 
@@ -152,7 +156,7 @@ class Part:
 
     def _mapped(self, function: Callable[..., Tensor], W: Tensor, form: str = "") -> Tensor:
         """The expression on a matrix, or on each of a stack of matrices (E, out, in); shared tensors are not stacked."""
-        values = self.values(form or self.weight_form or "")
+        values = self.values(form or self.weight_form or "", W.dtype)
         if not self.site.batch:
             return function(W, values)
         dims = {name: 0 if name in self.kinds else None for name in values}
@@ -181,10 +185,17 @@ class Part:
         return torch.cat(parts, dim=-1).flatten(-2)
 
 
+@functools.cache
+def _named_parameters(cls: type, form: str) -> tuple[str, ...] | None:
+    """The names that an expression takes, or None where it takes any."""
+    parameters = inspect.signature(getattr(cls, form)).parameters
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else tuple(parameters)
+
+
 def taken(method: Method, form: str, names: Sequence[str]) -> tuple[str, ...] | None:
     """Which of these tensors an expression takes, by the names of its parameters; None for all of them."""
-    parameters = inspect.signature(getattr(method, form)).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    parameters = _named_parameters(type(method), form)
+    if parameters is None:
         return None
     wanted = tuple(name for name in names if name in parameters)
     return None if len(wanted) == len(names) else wanted
@@ -327,6 +338,10 @@ def resolved(active: Active, entries: Mapping[str, Sequence[tuple[Part, str]]]) 
     return Blend([node for node, _ in terms], gains)
 
 
+rows_running = [0]
+"""How many models are in a forward with rows at the moment: reading a weight means computing with it only then."""
+
+
 class RowsElsewhere(Exception):  # noqa: N818 - a signal to the root's forward, not an error a user sees
     """A site cannot tell which row of the batch it serves: the model has to run once per distinct adapter."""
 
@@ -373,7 +388,7 @@ class Plan:
         for part in self.taps:
             part.entered = x
         if self.enters is not None:
-            x = self._last(self.enters.input(self._last(x)))
+            x = self._back(self.enters.input(self._last(x)))
             if args:
                 args = (x, *args[1:])
             else:
@@ -420,8 +435,10 @@ class Plan:
         return dense.to(working_dtype(dense))
 
     def _last(self, t: Tensor) -> Tensor:
-        """Channels last, and back."""
         return t if self.channels == -1 else t.movedim(1, -1)
+
+    def _back(self, t: Tensor) -> Tensor:
+        return t if self.channels == -1 else t.movedim(-1, 1)
 
     def _left(self, x: Any, y: Any) -> Tensor:
         if not isinstance(y, Tensor):
@@ -429,10 +446,12 @@ class Plan:
                 f"the output of an adapted module must be a tensor or begin with one, got {type(y).__name__}"
             )
         assert self.leaves is not None
-        if self.channels == -1:
-            new = self.leaves.output(x, y)
+        if y.is_nested:  # what nn.TransformerEncoder makes of a padded batch
+            xs = x.unbind() if isinstance(x, Tensor) and x.is_nested else [None] * y.size(0)
+            new = torch.nested.as_nested_tensor([self.leaves.output(a, b) for a, b in zip(xs, y.unbind(), strict=True)])
         else:
-            new = self.leaves.output(x.movedim(1, -1), y.movedim(1, -1)).movedim(-1, 1)
+            x = self._last(x) if isinstance(x, Tensor) and x.dim() == y.dim() else x
+            new = self._back(self.leaves.output(x, self._last(y)))
         for part in parts_of(self.leaves):
             part.entered = None
         return new
@@ -472,15 +491,17 @@ class RowsPlan:
             )
             for plan in plans
         )
+        tapped = [p for plan in plans if plan is not None for p in (*plan.taps, *parts_of(plan.leaves)) if p.taps]
+        self.shares_taps = len(set(tapped)) < len(tapped)  # one part cannot keep the x of two groups of rows
         self._gathered: tuple[Any, ...] | None = None
 
     def parameter(self, module: nn.Module, name: str, base: Any) -> Any:
-        if all(plan is None or name not in plan.parameters for plan in self.plans):
+        if not rows_running[0] or all(plan is None or name not in plan.parameters for plan in self.plans):
             return base
         raise RowsElsewhere
 
     def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if len(args) + len(kwargs) != 1:
+        if len(args) + len(kwargs) != 1 or self.shares_taps:
             raise RowsElsewhere
         x = args[0] if args else next(iter(kwargs.values()))
         if not isinstance(x, Tensor) or x.dim() < 2:
@@ -527,22 +548,19 @@ class RowsPlan:
         """The factors of every row, ranks padded with zeros; kept until a tensor of theirs changes."""
         parts = [part for plan in self.plans if plan is not None for part, _ in plan.terms or ()]
         tensors = [t for h in parts for t in h.values("factors" if h.weight_form == "factors" else "delta").values()]
-        differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        key = (x.device, x.dtype, repeat, *(t._version for t in tensors))
-        kept = self._gathered
-        if (
-            kept
-            and not differentiable
-            and kept[0] == key
-            and all(a is b for a, b in zip(kept[1], tensors, strict=True))
-        ):
-            return kept[2], kept[3]
+        fresh = torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        key: tuple[Any, ...] = ()
+        if not fresh:
+            key = (x.device, x.dtype, repeat, *(t._version for t in tensors), *(t.data_ptr() for t in tensors))
+            kept = self._gathered
+            if kept and kept[0] == key and all(a is b for a, b in zip(kept[1], tensors, strict=True)):
+                return kept[2], kept[3]
         pairs = [self._pair(module, plan, x) for plan in self.plans]
         rank = max(A.shape[0] for A, _ in pairs)
         index = torch.tensor(self.index, device=x.device).repeat_interleave(repeat)
         At = torch.stack([F.pad(A, (0, 0, 0, rank - A.shape[0])) for A, _ in pairs])[index].mT.contiguous()
         Bt = torch.stack([F.pad(B, (0, rank - B.shape[1])) for _, B in pairs])[index].mT.contiguous()
-        if not differentiable:
+        if not fresh:
             self._gathered = (key, tensors, At, Bt)
         return At, Bt
 
@@ -643,9 +661,11 @@ def _levels(parts: Sequence[Part]) -> dict[Part, str]:
         if part.weight_form is None:
             levels[part] = level
             continue
-        reached = site.called and (level != "input" or (site.view is None and isinstance(site.layout, LinearLayout)))
+        whole = site.view is None and isinstance(site.layout, (LinearLayout, QuantisedLayout))
+        reached = site.called and (level != "input" or whole)
         shifts = hasattr(part.method, "bias")
         possible = not shifts or site.bias in site.module._parameters or isinstance(site.module, nn.Embedding)
+        possible &= part.additive or not site.layout.beside_only
         levels[part] = "weight" if not reached or (mixed and possible) else level
     return levels
 
@@ -659,8 +679,8 @@ def _property(name: str) -> property:
     def read(self: nn.Module) -> Any:
         base = self._parameters[name]
         plan = self._attuned_plan
-        if plan is None:
-            return base
+        if plan is None or (base is not None and (base.is_meta or hasattr(base, "placements"))):
+            return base  # sharding and offloading read what rests here, to bring it to where it is used
         try:
             return plan.parameter(self, name, base)  # type: ignore[operator, union-attr]
         except AttributeError as error:  # nn.Module would take it for a missing attribute and hide the cause
@@ -700,6 +720,7 @@ def exchanged(base: type, names: tuple[str, ...], extras: Extras | None = None) 
         "__reduce_ex__": __reduce_ex__,
         "_attuned_base": base,
         "_attuned_plan": None,
+        "_attuned_bench": None,
         "_attuned_extras": extras,
         "forward": forward,
         **{name: _property(name) for name in names},
@@ -724,8 +745,7 @@ def exchange(module: nn.Module, extras: Extras | None = None) -> None:
         return
     made = exchanged(base, tuple(module._parameters), extras)
     module.__class__ = made
-    if "forward" in module.__dict__:  # accelerate's hook calls the forward it saved
-        module.__dict__["_old_forward"] = made.forward.__get__(module)  # type: ignore[attr-defined]
+    _rebind(module, made)
 
 
 def restore(module: nn.Module) -> None:
@@ -734,19 +754,22 @@ def restore(module: nn.Module) -> None:
     module.__dict__.pop("_attuned_plan", None)
     module.__dict__.pop("_attuned_now", None)
     module.__class__ = base
-    if "_old_forward" in module.__dict__:
-        module.__dict__["_old_forward"] = base.forward.__get__(module)  # type: ignore[attr-defined]
+    _rebind(module, base)
+
+
+def _rebind(module: nn.Module, cls: Any) -> None:
+    """A hook of accelerate keeps the forward to call on the instance, and leaves it there when it is removed."""
+    word = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
+    if word in module.__dict__:
+        module.__dict__[word] = cls.forward.__get__(module)
 
 
 def sealed_forward(module: nn.Module) -> str | None:
     """Why a module's class does not decide its forward (the end of a sentence), or None."""
     if "forward" not in module.__dict__:
         return None
-    saved = module.__dict__.get("_old_forward")
-    if "_hf_hook" in module.__dict__ and getattr(saved, "__func__", None) in (
-        base_of(type(module)).forward,  # type: ignore[attr-defined]
-        type(module).forward,
-    ):
+    saved = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
+    if getattr(saved, "__func__", None) in (base_of(type(module)).forward, type(module).forward):  # type: ignore[attr-defined]
         return None
     return (
         f"the forward of this {type(module).__name__} is patched on the instance, which would hide the adapter; "

@@ -102,7 +102,7 @@ def _read_lora(config: Config, module: str, tensors: Named) -> tuple[Method, Nam
     values = {ours.get(suffix, "magnitude"): tensor for suffix, tensor in tensors.items()}
     alphas = config.get("alpha_pattern") or {}
     pattern = next((pattern for pattern in alphas if re.match(rf"(.*\.)?({pattern})$", module)), None)
-    alpha: float = alphas.get(pattern, config.get("lora_alpha", 8))
+    alpha: Any = alphas.get(pattern, config.get("lora_alpha", 8))
     stabilised = bool(config.get("use_rslora"))
     made = {name: tensor.flatten() if name == "magnitude" else tensor.flatten(1) for name, tensor in values.items()}
     B, A = made["B"], made["A"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from attunement.attach import CONTAINER, Part, RowsElsewhere, exchange, plan_of, restore
+from attunement.attach import CONTAINER, Part, RowsElsewhere, exchange, plan_of, restore, rows_running
 from attunement.compose import Active, Rows, checked, names_in
 from attunement.errors import AttunementError
 
@@ -43,9 +43,14 @@ class Bench:
 
     def add(self, adapter: Adapter) -> None:
         name = adapter.name
+        if not self.adapters:
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(False)
         for number, group in enumerate(adapter.groups_):
-            if group.shared is not None:
-                container(self.model, name)._modules[f"shared-{number}"] = group.shared
+            if group.shared is not None:  # a Sequential or a list would run or count it
+                listing = isinstance(self.model, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+                owner = group.sites[0].module if listing else self.model
+                container(owner, name)._modules[f"shared-{number}"] = group.shared
         for part in adapter.parts:
             for module in (part.site.module, *part.twins):
                 exchange(module)
@@ -57,10 +62,6 @@ class Bench:
             kept = module.__dict__.get("_gradient_checkpointing_func")
             if kept is not None and not isinstance(kept, Recompute):
                 module._gradient_checkpointing_func = Recompute(kept, self)  # type: ignore[assignment]
-        if not self.adapters:
-            for parameter_name in self.frozen:
-                owner, _, last = parameter_name.rpartition(".")
-                self.model.get_submodule(owner)._parameters[last].requires_grad_(False)  # type: ignore[union-attr]
         self.adapters[name] = adapter
 
     def remove(self, adapter: Adapter) -> None:
@@ -168,9 +169,12 @@ class Bench:
             )
         if not self.one_by_one:
             try:
+                rows_running[0] += 1
                 return forward(self.model, *args, **kwargs)
             except RowsElsewhere:
                 self.one_by_one = True
+            finally:
+                rows_running[0] -= 1
         if any(kwargs.get(word) is not None for word in ("past_key_values", "cache_params")):
             raise AttunementError(
                 "Rows: a site of this model cannot tell rows apart, so a cache cannot be shared; pass use_cache=False"
@@ -314,7 +318,7 @@ def root_extras(base: type, forward: Callable[..., Any]) -> dict[str, Any]:
     @functools.wraps(forward)
     def root_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         bench = self._attuned_bench
-        if bench.rows:
+        if bench is not None and bench.rows:
             return bench.run_rows(forward, args, kwargs)
         return forward(self, *args, **kwargs)
 
@@ -329,6 +333,8 @@ def root_extras(base: type, forward: Callable[..., Any]) -> dict[str, Any]:
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         bench = self._attuned_bench
+        if not bench.rows:
+            return base.generate(self, *args, **kwargs)  # type: ignore[attr-defined]
         config = kwargs.get("generation_config") or getattr(self, "generation_config", None)
         repeat = [kwargs.get(w, getattr(config, w, None)) or 1 for w in ("num_beams", "num_return_sequences")]
         bench.repeat = max(repeat)

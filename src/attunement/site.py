@@ -64,7 +64,7 @@ class Layout:
 def apply_chain(x: Tensor, chain: Sequence[Tensor]) -> Tensor:
     """x (..., in) -> (..., out): the factors from the right, a matrix by a product, a vector or a 0-d tensor by scaling."""
     for link in reversed(chain):
-        x = F.linear(x, link) if link.dim() == 2 else x * link
+        x = F.linear(x, link) if link.dim() == 2 else x * link.to(x.dtype)
     return x
 
 

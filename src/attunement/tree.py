@@ -192,8 +192,20 @@ def draw(anatomy: Anatomy, chosen: Mapping[str, str], width: int) -> Tree:
     table = [(4 * depth + len(name), len(role), len(kind) if shape else 0, len(shape), len(size), len(note))
              for depth, (name, role, kind, shape, size, note) in rows(lines, 1)]  # fmt: skip
     widths = [max(column) for column in zip(*table, strict=True)] if table else [0] * 6
-    for column, least in ((2, 9), (0, 30), (1, 18), (5, 12), (0, 20), (1, 12), (2, 6), (3, 8), (5, 6), (0, 12)):
-        excess = sum(widths) + sum(map(bool, widths)) - width
+    for column, least in (
+        (2, 9),
+        (0, 30),
+        (1, 18),
+        (0, 24),
+        (5, 16),
+        (0, 20),
+        (1, 12),
+        (2, 6),
+        (5, 8),
+        (3, 8),
+        (0, 12),
+    ):
+        excess = sum(widths) + sum(map(bool, widths)) - 1 - width
         if excess > 0:
             widths[column] = max(min(least, widths[column]), widths[column] - excess)
 
@@ -205,10 +217,10 @@ def draw(anatomy: Anatomy, chosen: Mapping[str, str], width: int) -> Tree:
         text.append(_fit(name, max(named - 4 * depth, 1)), style=line.style)
         text.append(" " + _fit(role, roled), style=colour)
         if shape:
-            text.append(" " + _fit(kind, typed), style="dim")
+            text.append(" " + _fit(kind, typed) if typed else "", style="dim")
             text.append(" " + _fit(shape, shaped))
         else:
-            text.append(" " + _fit(kind, typed + 1 + shaped), style="dim")
+            text.append(" " + _fit(kind, typed + bool(typed) + shaped), style="dim")
         text.append(f" {size:>{sized}}")
         if note:
             text.append(" " + _fit(note, widths[5]), style="bold yellow")

@@ -1,5 +1,8 @@
 """Architecture by architecture: what a selection means, as the exact set of module names, and which rows of them."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from architectures import BUILDERS, build
@@ -492,6 +495,62 @@ def test_a_part_of_a_model_has_the_roles_that_it_has_in_the_whole(part: str) -> 
     whole = anatomy(model).modules
     for name, place in anatomy(model.get_submodule(part)).modules.items():
         assert place.role == whole[f"{part}.{name}" if name else part].role
+
+
+def test_experts_in_a_list_and_a_block_alone() -> None:
+    class Expert(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1, self.w2, self.w3 = torch.nn.Linear(8, 12), torch.nn.Linear(12, 8), torch.nn.Linear(8, 12)
+
+    class Sparse(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = torch.nn.Linear(8, 4)
+            self.experts = torch.nn.ModuleList(Expert() for _ in range(4))
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = torch.nn.MultiheadAttention(8, 2)
+            self.moe = Sparse()
+
+    alone = anatomy(Block())
+    assert {p.name for p in select(alone, "experts.gate")} == over(4, "moe.experts.#.w1")
+    assert {p.name for p in select(alone, "experts.{up,down}")} == over(4, "moe.experts.#.w3", "moe.experts.#.w2")
+    assert [p.name for p in select(alone, "router|mlp|experts")] == ["moe.gate", "moe.experts", "moe"]
+    stack = anatomy(torch.nn.ModuleList([Block(), Block()]))
+    assert [p.name for p in select(stack, "blocks[1].mlp|blocks[1].attention")] == ["1.attn", "1.moe"]
+    layer = anatomy(torch.nn.TransformerEncoderLayer(8, 2, 12))
+    assert [p.name for p in select(layer, "mlp.*")] == ["linear1", "linear2"]
+
+
+def test_reading_a_model_does_not_keep_it_alive() -> None:
+    model = build("llama")
+    reference = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        str(anatomy(model))
+        del model
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+def test_a_quantised_matrix_is_found_by_its_sizes() -> None:
+    class Packed(torch.nn.Module):
+        def __init__(self, inputs: int, outputs: int) -> None:
+            super().__init__()
+            self.in_features, self.out_features = inputs, outputs
+            self.register_buffer("packed", torch.zeros(3))
+
+    model = build("llama")
+    for block in model.model.layers:
+        block.self_attn.q_proj = Packed(32, 32)
+        block.mlp.down_proj = Packed(48, 32)
+    tree = anatomy(model)
+    assert len(select(tree, "attention.query|mlp.down")) == 6
 
 
 def test_an_adapters_own_modules_are_no_part_of_the_model() -> None:

@@ -28,7 +28,7 @@ def test_bert_reads_like_this() -> None:
         model = transformers.BertForSequenceClassification(transformers.BertConfig())
     lines = str(anatomy(model)).splitlines()
     assert lines[0] == "BertForSequenceClassification: 109.5 M parameters, 12 blocks"
-    assert len(lines) == 18
+    assert len(lines) == 19
     shown = [" ".join(line.replace("│", "").replace("├──", "").replace("└──", "").split()) for line in lines]
     assert "word_embeddings embedding Embedding 30522 × 768 23.4 M" in shown
     assert "blocks[0-11] encoder.layer.* 12 × BertLayer 85.1 M" in shown

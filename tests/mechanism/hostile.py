@@ -91,6 +91,7 @@ RECIPES: dict[str, Callable[[], object]] = {
     "hra": lambda: {QUERY_VALUE: at.HRA(rank=4)},
     "svfit": lambda: {QUERY_VALUE: at.SVFit()},
     "bottleneck": lambda: at.Bottleneck(size=4),
+    "parallel": lambda: at.Bottleneck(size=4, style="parallel"),
     "ssf": lambda: {"*.mlp.{up,down}": at.SSF(), "*norm": at.SSF()},
     "ia3": lambda: {"*.attention.{key,value}": at.IA3(), "*.mlp.down": at.IA3()},
     "train": lambda: {"*norm": at.Train()},

@@ -299,3 +299,92 @@ def test_containers_that_iterate_over_their_children(method):
     perturb(at.adapt(named, {"*": method}))
     assert list(named) == ["a", "b"]
     assert len(list(named.values())) == 2
+
+
+@pytest.mark.parametrize("what", [at.Sum("a", "b"), at.Stack("a", "b"), at.Rows(["a", "b", None]), None], ids=str)
+def test_a_copy_keeps_the_active_set(what):
+    model = tower()
+    adapted(model, "lora", "a")
+    adapted(model, "lora", "b", seed=1)
+    at.use(model, what)
+    out = logits(model, ids())
+    other = copy.deepcopy(model)
+    assert torch.equal(logits(other, ids()), out)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model)), ids()), out)
+    perturb(at.adapters(other)["a"], seed=3)
+    if what is not None:
+        assert not torch.equal(logits(other, ids()), out)
+    assert torch.equal(logits(model, ids()), out)
+
+
+@pytest.mark.parametrize("recipe", ["lora", "dora", "svfit", "ssf", "train"])
+def test_a_copy_of_a_merged_model_unmerges_alone(recipe):
+    model = tower()
+    state = base_state(model)
+    adapter = adapted(model, recipe)
+    objects = {name: id(p) for name, p in model.named_parameters()}
+    out = logits(model, ids())
+    adapter.merge()
+    assert {name: id(p) for name, p in model.named_parameters()} == objects, "a merge writes into the same objects"
+    merged = base_state(model)
+    other = copy.deepcopy(model)
+    assert close(logits(other, ids()), out)
+    at.adapters(other)["default"].unmerge()
+    assert same_bits(base_state(other), state)
+    assert same_bits(base_state(model), merged)
+    adapter.detach()
+    assert same_bits(model.state_dict(), state)
+
+
+def test_a_root_that_is_itself_the_site(tmp_path):
+    torch.manual_seed(3)
+    model = nn.Linear(6, 8)
+    seen, x = look(model), torch.randn(2, 6)
+    bare = model(x).detach()
+    adapter = perturb(at.adapt(model, at.LoRA(rank=2), on="*"))
+    assert "attuned.default.weight.A" in model.state_dict()
+    out = model(x).detach()
+    assert not close(out, bare, 1e-3)
+    assert close(model(input=x).detach(), out)
+    assert torch.equal(copy.deepcopy(model)(x), out)
+    adapter.save(tmp_path / "one")
+    adapter.merge()
+    assert close(model(x).detach(), out)
+    adapter.unmerge()
+    adapter.detach()
+    assert look(model) == seen
+    at.load(model, tmp_path / "one")
+    assert torch.equal(model(x), out)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_everything_inside_inference_mode(recipe):
+    """A server may load and run under one `inference_mode`, and look at gradients later."""
+    model = tower()
+    plain = tower()
+    adapted(plain, recipe)
+    expected = logits(plain, ids())
+    with torch.inference_mode():
+        adapted(model, recipe)
+        assert close(model(ids()), expected)
+        with at.using(model, at.Rows(["default", None, "default"])):
+            rows = model(ids())
+        at.use(model, None)
+        bare = model(ids())
+    assert close(rows[0], expected[0])
+    assert close(rows[1], bare[1])
+
+
+def test_what_inference_mode_left_behind_does_not_stop_gradients():
+    model = tower()
+    adapted(model, "lora", "a").trainable = False
+    adapted(model, "lora", "b", seed=1).trainable = False
+    for what in (at.Rows(["a", "b", None]), at.Sum("a", "b"), "a"):
+        at.use(model, what)
+        with torch.inference_mode():
+            model(ids())
+        x = start = model.embedding(ids()).detach().requires_grad_()
+        for block in model.blocks:
+            x = block(x)
+        (grad,) = torch.autograd.grad(x.pow(3).sum(), start)
+        assert grad.abs().sum() > 0

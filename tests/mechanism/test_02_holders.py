@@ -200,3 +200,25 @@ def test_rows_compile_in_one_graph(fresh_compiler):
             at.use(model, at.Rows(rows))
             assert close(compiled(ids()), logits(model, ids()))
     assert counter.frame_count >= 1
+
+
+@pytest.mark.parametrize("how", ["wrapper", "in place", "blocks"])
+@pytest.mark.parametrize("recipe", ["lora", "dora", "mixed"])
+def test_a_model_compiled_before_it_is_adapted(recipe, how, fresh_compiler):
+    """The compiled program has to notice the exchanged classes, in both directions."""
+    plain = tower()
+    bare = logits(plain, ids())
+    adapted(plain, recipe)
+    out = logits(plain, ids())
+    model = tower()
+    if how == "wrapper":
+        run = torch.compile(model, backend="aot_eager")
+    else:
+        for part in [model] if how == "in place" else model.blocks:
+            part.compile(backend="aot_eager")
+        run = model
+    assert close(logits(run, ids()), bare)
+    adapted(model, recipe)
+    assert close(logits(run, ids()), out)
+    at.detach(model)
+    assert close(logits(run, ids()), bare)

@@ -1,5 +1,8 @@
 """Point 3: without a plan the base runs, bit for bit; plans are made by `use`, never in `forward`."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hostile import RECIPES, adapted, bert, gpt2, ids, llama, logits, tower
@@ -120,3 +123,21 @@ def test_rows_of_the_wrong_length_are_refused_at_the_entrance():
     with at.using(model, at.Rows(["a", None])), pytest.raises(at.AttunementError, match=r"2.*3|3.*2"):
         model(ids(batch=3))
     assert not calls
+
+
+@pytest.mark.parametrize("recipe", ["parallel", "vera", "mixed", "train"])
+def test_a_forward_that_stopped_half_way_holds_nothing(recipe):
+    """An exception (or the early stop of a recomputation) inside a block: no tensor of the graph stays in the model."""
+    model = tower()
+    adapted(model, recipe)
+    out = logits(model, ids())
+
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    handle = model.blocks[1].mlp.down.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        model(ids())
+    handle.remove()
+    assert torch.equal(logits(copy.deepcopy(model), ids()), out)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model)), ids()), out)

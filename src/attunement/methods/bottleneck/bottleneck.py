@@ -29,7 +29,7 @@ class Bottleneck(OutputMethod):
     y is what the sublayer adds to the residual stream, x is what its first matrix reads.
 
     Args:
-        size: the width of the bottleneck. 64, which Houlsby et al. found good for all of GLUE; 512 in He et al.
+        size: the width of the bottleneck. 64, one of the sizes of Houlsby et al.; 512 in He et al.
         style: where it stands.
             houlsby: behind attention and mlp. pfeiffer: behind mlp alone (https://arxiv.org/abs/2005.00247).
             parallel: beside mlp. scaled_parallel: beside mlp, scale 4 (https://arxiv.org/abs/2110.04366). Else scale 1.

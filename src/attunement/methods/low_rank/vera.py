@@ -19,13 +19,13 @@ class VeRA(WeightMethod):
     B (largest out, rank) and A (rank, largest in) are cut to the first rows and columns that a matrix needs.
 
     Args:
-        rank: any size, since it costs one number a matrix. 256, PEFT's; the paper has 256 for language models.
-        start: first value of d; 0.1 in the paper and in PEFT.
+        rank: any size, since it costs one number a matrix. 256, as in PEFT.
+        start: first value of d; 0.1, as in PEFT.
         seed: from which A and then B are drawn (Kaiming-uniform, gain sqrt(2)) on the CPU, as PEFT draws them.
         stored: write A and B with the adapter, for readers with another generator; else they are drawn again at load.
         dropout: on x before A, in training only.
 
-    Start: b zero. The paper's separate learning rate for the head is not part of the method here.
+    Start: b zero, so that W' = W.
     """
 
     placement: ClassVar[str] = "attention.{query,value}"
