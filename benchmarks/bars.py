@@ -186,6 +186,10 @@ def save_and_load(seconds: float) -> Iterator[Result]:
         yield timed("load", 1.0, cases, seconds)
 
 
+ONE_THREAD = ("attach", "one-token", "save-load")
+"""Bars that measure what happens around the products. The others get all cores, as training and serving do: on one core
+the products of the bare model outweigh what either side adds."""
+
 BARS = {
     "attach": attach,
     "lora-step": lora_step,

@@ -61,6 +61,7 @@ class Adapter:
         self._trainable = True
         self._merged: list[tuple[Part, str, Tensor | None, bool]] | None = None  # what `unmerge` puts back
         self._fingerprint: dict[str, Any] | None = None  # of the base before any merge, while one is in place
+        self._untied = False  # whether its merge changed the model's config
         self._merged_at = 0  # counts merges on this model, so that they come off in order
 
     @property
@@ -538,6 +539,8 @@ def build(model: nn.Module, groups: list[Group], name: str) -> Adapter:
             for module in filter(None, (site.module, site.place.entry)):
                 if (sealed := sealed_forward(module)) is not None:
                     raise AttunementError(f"adapt: {site.name}: {sealed}")
+                if any(hasattr(p, "placements") for p in module._parameters.values()):
+                    raise AttunementError(f"adapt: {site.name} is sharded already; adapt before fully_shard")
         shared = tagged(group.method.shared(group.sites))
         if shared:
             first = group.sites[0]

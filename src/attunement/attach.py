@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,13 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attunement.anatomy import CONTAINER
 from attunement.compose import Active, Average, Rows, Stack, Weighted
 from attunement.errors import AttunementError
 from attunement.method import WEIGHT_FORMS, Method, Tagged, is_additive, product, reads_weight, weight_form
-from attunement.site import PLAIN, LinearLayout, QuantisedLayout, Site, base_of, working_dtype
-
-CONTAINER = "attuned"
-
+from attunement.site import PLAIN, LinearLayout, QuantisedLayout, Site, apply_chain, base_of, working_dtype
 
 FORMS = (*WEIGHT_FORMS, "bias", "output", "input", "penalty", "carried")
 
@@ -465,6 +464,34 @@ def parts_of(node: Node | None) -> Iterable[Part]:
             yield from parts_of(inner)
 
 
+class BesidePlan(Plan):
+    """The commonest plan, with nothing to decide in its forward: additive changes beside a whole Linear."""
+
+    terms: tuple[tuple[Part, Tensor | None], ...]
+
+    @staticmethod
+    def fits(plan: Plan) -> bool:
+        return (
+            plan.terms is not None
+            and isinstance(plan.layout, LinearLayout)
+            and plan.enters is plan.leaves is None
+            and not plan.taps
+            and set(plan.parameters) == {"weight"}
+            and all(part.site.view is None for part, _ in plan.terms)
+        )
+
+    def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        x = args[0] if args else next(iter(kwargs.values()))
+        held = module._parameters
+        y = self.layout.call(module, x, held["weight"], held["bias"])
+        for part, gain in self.terms:
+            chain = part.chain(module, x.dtype)
+            if gain is not None:
+                chain = (chain[0], gain, *chain[1:])
+            y = y + apply_chain(part.dropped(x, module.training) if part.dropout else x, chain)
+        return y
+
+
 class RowsPlan:
     """What one module does when each row of the batch has its own adapter.
 
@@ -493,6 +520,11 @@ class RowsPlan:
         )
         tapped = [p for plan in plans if plan is not None for p in (*plan.taps, *parts_of(plan.leaves)) if p.taps]
         self.shares_taps = len(set(tapped)) < len(tapped)  # one part cannot keep the x of two groups of rows
+        self.layout: Any = next((plan.layout for plan in plans if plan is not None), None)
+        # where the tensors of all factors stand: looked up at every use, since their owners may replace them
+        parts = {id(p): p for plan in plans if plan is not None for p, _ in plan.terms or ()}.values()
+        owners = {id(o): o for p in parts for o in (p.holder, *p.common)}.values()
+        self._sources = [(where, n) for o in owners for where in (o._parameters, o._buffers) for n in where]
         self._gathered: tuple[Any, ...] | None = None
 
     def parameter(self, module: nn.Module, name: str, base: Any) -> Any:
@@ -533,27 +565,27 @@ class RowsPlan:
     def _run_batched(self, module: Any, x: Tensor, repeat: int) -> Tensor:
         y = (
             self.forward(module, x)
-            if self.plans_layout.beside_only
-            else self.plans_layout.call(module, x, module._parameters["weight"], module._parameters.get("bias"))
+            if self.layout.beside_only
+            else self.layout.call(module, x, module._parameters["weight"], module._parameters.get("bias"))
         )
         At, Bt = self._factors(module, x, repeat)  # (rows, in, r), (rows, r, out)
         flat = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
-        return torch.baddbmm(y.view(x.shape[0], -1, y.shape[-1]), torch.bmm(flat, At), Bt).view(y.shape)
-
-    @functools.cached_property
-    def plans_layout(self) -> Any:
-        return next(plan.layout for plan in self.plans if plan is not None)
+        return y.view(x.shape[0], -1, y.shape[-1]).baddbmm(torch.bmm(flat, At), Bt).view(y.shape)
 
     def _factors(self, module: Any, x: Tensor, repeat: int) -> tuple[Tensor, Tensor]:
         """The factors of every row, ranks padded with zeros; kept until a tensor of theirs changes."""
-        parts = [part for plan in self.plans if plan is not None for part, _ in plan.terms or ()]
-        tensors = [t for h in parts for t in h.values("factors" if h.weight_form == "factors" else "delta").values()]
-        fresh = torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        tensors = [owner[name] for owner, name in self._sources]
+        fresh = (
+            torch.compiler.is_compiling()
+            or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+            or any(t.is_inference() for t in tensors)
+        )
         key: tuple[Any, ...] = ()
         if not fresh:
-            key = (x.device, x.dtype, repeat, *(t._version for t in tensors), *(t.data_ptr() for t in tensors))
+            mode = torch.is_inference_mode_enabled()
+            key = (x.device, x.dtype, repeat, mode, [t._version for t in tensors], [t.data_ptr() for t in tensors])
             kept = self._gathered
-            if kept and kept[0] == key and all(a is b for a, b in zip(kept[1], tensors, strict=True)):
+            if kept and kept[0] == key and all(map(operator.is_, kept[1], tensors)):
                 return kept[2], kept[3]
         pairs = [self._pair(module, plan, x) for plan in self.plans]
         rank = max(A.shape[0] for A, _ in pairs)
@@ -569,7 +601,7 @@ class RowsPlan:
         from attunement.method import split
 
         if plan is None:
-            out, inputs = self.plans_layout.size(module, "weight")
+            out, inputs = self.layout.size(module, "weight")
             return x.new_zeros(0, inputs), x.new_zeros(out, 0)
         As, Bs = [], []
         for part, gain in plan.terms or ():
@@ -632,6 +664,8 @@ def _plan_of(
                 plan.parameters[place] = node
         else:
             plan.parameters[place] = node
+    if BesidePlan.fits(plan):
+        plan.__class__ = BesidePlan
     if not plan.parameters and plan.terms is plan.beside is plan.enters is plan.leaves is None and not plan.taps:
         return None
     return plan

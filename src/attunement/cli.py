@@ -20,6 +20,7 @@ app = typer.Typer(
     name="attune",
     help="Adapt pretrained PyTorch models: look, train, ask, merge, export. Start with [bold]attune demo[/].",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -64,7 +65,8 @@ def inspect(
     anatomy = at.anatomy(shell)
     adapter = at.adapt(shell, at.method(method)(), on=on)
     console.print(anatomy.tree(sites_of(adapter)))
-    console.print(adapter.summary())
+    share = adapter.count() / sum(p.numel() for p in shell.parameters())
+    console.print(f"{adapter.count():,} trainable parameters, {share:.2%} of the model", highlight=False)
 
 
 @app.command(rich_help_panel="Start here")
@@ -95,7 +97,7 @@ def train(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Change the recipe: training.learning_rate=5e-4."),
+        typer.Argument(metavar="KEY=VALUE", help="Change the recipe: training.learning_rate=5e-4."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where the folder holds a run.")] = False,
@@ -141,7 +143,7 @@ def evaluate(
 @app.command(rich_help_panel="Use")
 def predict(
     run: RunFolder,
-    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="What to ask; images by path.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="What to ask; images by path.")] = None,
     file: Annotated[str | None, typer.Option(help="Ask every row of a CSV, JSON-lines or Parquet file.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the answers as JSON lines here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
@@ -168,7 +170,9 @@ def merge(
     run: RunFolder, out: Annotated[Path, typer.Option(help="The folder for the merged model.")] = Path("merged")
 ) -> None:
     """Write the adapted model as one ordinary model without adapters: the same as export --to merged."""
-    export(run, "merged", out)
+    from attunement.train.run import export_folder
+
+    console.print(export_folder(run, "merged", out), highlight=False)
 
 
 @app.command(rich_help_panel="Use")
@@ -179,7 +183,9 @@ def export(
         typer.Option(help="peft: PEFT's files. lora: a plain LoRA in PEFT's files, for servers. merged: one model."),
     ],
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("export"),
-    rank: Annotated[int, typer.Option(help="The rank of the LoRA that --to lora makes.")] = 16,
+    rank: Annotated[
+        int | None, typer.Option(help="The rank of the LoRA that --to lora makes; by default the method's own.")
+    ] = None,
 ) -> None:
     """Write a trained adapter for other programs."""
     from attunement.train.run import export_folder

@@ -57,16 +57,18 @@ def merge(adapter: Adapter, *, keep: bool, partial: bool, untie: bool) -> None:
         done: list[tuple[Part, str, Tensor | None, bool]] = []
         for part in parts:
             module = part.site.module
-            if part in tied:
-                _untie(adapter.model, part)
             for name, value in _after(part):
                 own = module._parameters[name]
-                if own is None:
-                    done.append((part, name, None, keep))
+                if own is None or (part in tied and name == part.site.parameter):
+                    # a tied weight's own object comes back with `unmerge`, and with it the tie
+                    done.append((part, name, own if keep else None, keep))
                     module._parameters[name] = nn.Parameter(value, requires_grad=False)
                 else:
                     done.append((part, name, own.detach().to("cpu", copy=True) if keep else None, keep))
                     own.data.copy_(value)
+        if tied and getattr(config := getattr(adapter.model, "config", None), "tie_word_embeddings", False):
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+            adapter._untied = True
         adapter._merged = done
         adapter._merged_at = 1 + max(a._merged_at for a in bench.adapters.values())
     bench.use(bench.active)
@@ -90,11 +92,13 @@ def unmerge(adapter: Adapter) -> None:
     with torch.no_grad():
         for part, name, before, _ in reversed(adapter._merged):
             module = part.site.module
-            if before is None:
-                module._parameters[name] = None
+            if before is None or isinstance(before, nn.Parameter):
+                module._parameters[name] = before
             else:
                 module._parameters[name].data.copy_(before)  # type: ignore[union-attr]
     adapter._merged = None
+    if adapter._untied:
+        adapter.model.config.tie_word_embeddings, adapter._untied = True, False  # type: ignore[union-attr]
     if not any(other.merged for other in bench.adapters.values()):
         for other in bench.adapters.values():
             other._fingerprint = None
@@ -168,12 +172,3 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((module, f"{path}.{name}"))
     return owners
-
-
-def _untie(model: nn.Module, part: Part) -> None:
-    """Give a tied weight its own copy, and tell the model's config so."""
-    own = part.site.module._parameters[part.site.parameter or ""]
-    part.site.module._parameters[part.site.parameter or ""] = nn.Parameter(own.detach().clone(), requires_grad=False)  # type: ignore[union-attr]
-    config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # type: ignore[union-attr]

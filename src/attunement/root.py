@@ -37,6 +37,7 @@ class Bench:
         self.rows, self.repeat = 0, 1
         self.one_by_one = False  # a site cannot tell rows apart: the model runs once per distinct adapter
         self.hooks: dict[str, list[Any]] = {}
+        self.tapped: list[Part] = []  # the parts that hold an x between two modules
         self.frozen = {name: p.requires_grad for name, p in model.named_parameters()}
 
     # --- adapters come and go ---
@@ -122,6 +123,7 @@ class Bench:
         tree = checked(active, self.adapters)
         self.apply(tree)
         self.active = active
+        self.tapped = [part for adapter in self.adapters.values() for part in adapter.parts if part.taps]
         self.rows = len(tree.items) if isinstance(tree, Rows) else 0
         self.one_by_one = bool(self.rows) and any(
             getattr(m, "batch_first", True) is False for m in self.model.modules()
@@ -155,6 +157,11 @@ class Bench:
         plans = [plan_of(m, tree, held.get(i, {}), taps.get(i, ())) for i, m in modules.items()]
         for module, plan in zip(modules.values(), plans, strict=True):
             object.__setattr__(module, "_attuned_plan", plan)
+
+    def let_go(self) -> None:
+        """Drop what taps still hold when a forward or a recomputation stopped half way."""
+        for part in self.tapped:
+            part.entered = None
 
     # --- rows ---
 
@@ -280,12 +287,16 @@ class Recompute:
         def again(*inputs: Any, **options: Any) -> Any:
             now = bench.active
             if now is active or now == active:
-                return function(*inputs, **options)
+                try:
+                    return function(*inputs, **options)
+                finally:
+                    bench.let_go()
             bench.switch(active)
             try:
                 return function(*inputs, **options)
             finally:
                 bench.switch(now)
+                bench.let_go()
 
         reentrant = getattr(self.checkpoint, "keywords", {}).get("use_reentrant", False)
         if reentrant and torch.is_grad_enabled():
@@ -318,9 +329,12 @@ def root_extras(base: type, forward: Callable[..., Any]) -> dict[str, Any]:
     @functools.wraps(forward)
     def root_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         bench = self._attuned_bench
-        if bench is not None and bench.rows:
-            return bench.run_rows(forward, args, kwargs)
-        return forward(self, *args, **kwargs)
+        if bench is None or not (bench.rows or bench.tapped):
+            return forward(self, *args, **kwargs)
+        try:
+            return bench.run_rows(forward, args, kwargs) if bench.rows else forward(self, *args, **kwargs)
+        finally:
+            bench.let_go()
 
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         warnings.warn(

@@ -57,12 +57,12 @@ class Block(nn.Module):
 
 
 class Tower(nn.Module):
-    """A two-block encoder written by hand: every base parameter trains, no dropout, no head."""
+    """An encoder written by hand: every base parameter trains, no dropout, no head."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int = 2) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
         self.norm = nn.LayerNorm(WIDTH)
 
     def forward(self, ids: Tensor) -> Tensor:  # (batch, tokens) -> (batch, tokens, width)
@@ -72,9 +72,9 @@ class Tower(nn.Module):
         return self.norm(x)
 
 
-def tower(dtype: torch.dtype = torch.float32) -> Tower:
+def tower(dtype: torch.dtype = torch.float32, blocks: int = 2) -> Tower:
     torch.manual_seed(1)
-    return Tower().to(dtype).eval()
+    return Tower(blocks).to(dtype).eval()
 
 
 def ids(batch: int = 3, tokens: int = 5, vocabulary: int = VOCABULARY) -> Tensor:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from hostile import QUERY_VALUE, RECIPES, adapted, close, gradients, ids, llama, perturb, tower
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from hostile import QUERY_VALUE, RECIPES, adapted, close, gradients, ids, llama, mixture, perturb, tower
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import attunement as at
@@ -255,6 +255,69 @@ def fsdp_checkpointing(how):
     sharded(model)
     loss_of(model, mine(GIVEN)).backward()
     equal_gradients(a, expected)
+
+
+@case
+def fsdp_experts():
+    model = mixture("mixtral").train()
+    adapter = perturb(at.adapt(model, {"experts.{gate,up,down}": at.LoRA(rank=2), "router": at.Train()}), scale=0.3)
+    expected = expected_gradients(model, adapter, GIVEN)
+    sharded(model)
+    loss_of(model, mine(GIVEN)).backward()
+    equal_gradients(adapter, expected)
+
+
+@for_each("lora", "mixed", "dora")
+def fsdp_of_every_linear(recipe):
+    """Adapted modules that are sharded units of their own: their class is exchanged a second time, by FSDP2."""
+    model = tower().train()
+    adapter = adapted(model, recipe)
+    expected = expected_gradients(model, adapter, GIVEN)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            fully_shard(module)
+    sharded(model)
+    loss_of(model, mine(GIVEN)).backward()
+    equal_gradients(adapter, expected)
+
+
+@for_each("lora", "mixed")
+def fsdp_swap_to_none_and_detach(recipe):
+    model = tower()
+    with torch.no_grad():
+        bare = model(GIVEN)
+    adapter = adapted(model, recipe)
+    with torch.no_grad():
+        out = model(GIVEN)
+    sharded(model)
+    with torch.no_grad():
+        assert close(model(GIVEN), out)
+        at.use(model, None)
+        assert close(model(GIVEN), bare)
+        at.use(model, "default")
+        assert close(model(GIVEN), out)
+        adapter.detach()
+        assert isinstance(model.blocks[0], FSDPModule), "detach took FSDP2's class away"
+        assert close(model(GIVEN), bare)
+
+
+@case
+def fsdp_before_adapt():
+    """Tensors added to a sharded model are in no group: refused, or their gradients are reduced all the same."""
+    model = sharded(tower().train())
+    keys = list(model.state_dict())
+    try:
+        adapter = at.adapt(model, {QUERY_VALUE: at.LoRA(rank=2)})
+    except at.AttunementError:
+        assert list(model.state_dict()) == keys
+        return
+    perturb(adapter)
+    plain = tower().train()
+    other = perturb(at.adapt(plain, {QUERY_VALUE: at.LoRA(rank=2)}))
+    other.load_state(adapter.state())
+    loss_of(plain, GIVEN).backward()
+    loss_of(model, mine(GIVEN)).backward()
+    equal_gradients(adapter, gradients(other))
 
 
 def main() -> None:

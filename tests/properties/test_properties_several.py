@@ -8,8 +8,8 @@ import dataclasses
 import pytest
 import torch
 from grid import CELLS, SAMPLES, adapted, every_cell, every_sample, gradients, loss, perturb, promise
-from toy_model import LAYERS, TIED, Toy, bits, distance, ids, out, same_bits, toy
 from torch import Tensor, nn
+from toy_model import LAYERS, TIED, bits, distance, ids, out, same_bits, toy
 
 import attunement as at
 
@@ -30,7 +30,11 @@ def test_weights_are_weights(sample, layer):
     b.load_state(a.state())
     alone = under(model, "a")
     same = [at.Weighted({"a": 1.0}), at.Sum("a"), at.Stack("a"), at.Stack(None, "a"), at.Sum("a", None)]
-    same += [at.Weighted({"a": 0.3, "b": 0.7}), at.Average("a", "b"), at.Sum(at.Weighted({"a": 0.5}), at.Weighted({"b": 0.5}))]
+    same += [
+        at.Weighted({"a": 0.3, "b": 0.7}),
+        at.Average("a", "b"),
+        at.Sum(at.Weighted({"a": 0.5}), at.Weighted({"b": 0.5})),
+    ]
     for active in same:
         assert distance(under(model, active), alone) <= EXACT, active
     none = [at.Weighted({"a": 0.0}), at.Weighted({"a": 0.7, "b": -0.7}), at.Sum(), at.Average(None, None)]
@@ -52,7 +56,13 @@ def effect(model: nn.Module, path: str, parameter: str, called: bool, active) ->
 
 
 # a sum of changes of what enters a layer is a sum behind it where the layer is affine
-AFFINE = [c for c in CELLS if c[0].method.acts_on != "output" or hasattr(c[0].method, "output") or c[1] in ("linear", "linear_down", "conv1D_of_gpt2", "conv1d", "conv2d", "conv3d", "fused_qkv")]
+AFFINE = [
+    c
+    for c in CELLS
+    if c[0].method.acts_on != "output"
+    or hasattr(c[0].method, "output")
+    or c[1] in ("linear", "linear_down", "conv1D_of_gpt2", "conv1d", "conv2d", "conv3d", "fused_qkv")
+]
 
 
 @pytest.mark.parametrize(("sample", "layer"), AFFINE, ids=[f"{sample.id}-{layer}" for sample, layer in AFFINE])
@@ -67,7 +77,7 @@ def test_different_sizes_sum(sample, layer):
     where = LAYERS[layer]
     called = not where.read and not (sample.method.acts_on == "parameter" and layer in TIED)
     adapted(model, sample, layer, "a")
-    adapted(model, other if layer not in TIED + ("embedding",) else sample, layer, "b", seed=1)
+    adapted(model, other if layer not in (*TIED, "embedding") else sample, layer, "b", seed=1)
     seen = {
         name: effect(model, where.path, where.parameter or "weight", called, active)
         for name, active in (("0", None), ("a", "a"), ("b", "b"), ("sum", at.Sum("a", "b")))

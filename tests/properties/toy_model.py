@@ -81,7 +81,7 @@ class Toy(nn.Module):
     """Every layer feeds every logit, so that a change anywhere is a change of the output.
 
     Args:
-        classes: a classification head of so many outputs; None for a head tied to the embedding, as a language model has.
+        classes: a classification head of so many outputs; None for a language model's, tied to the embedding.
         batch_first: whether the `nn.MultiheadAttention` takes the batch first.
     """
 
@@ -144,7 +144,9 @@ class Layer(NamedTuple):
         return (
             place.name == self.path
             and place.parameter == self.parameter
-            and (place.role == self.role if self.role else place.view is None and place.role not in ("attention", "mlp"))
+            and (
+                place.role == self.role if self.role else place.view is None and place.role not in ("attention", "mlp")
+            )
         )
 
 

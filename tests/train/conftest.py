@@ -11,7 +11,23 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-WORDS = ["good", "fine", "great", "bad", "poor", "awful", "the", "a", "film", "was", "very", "and", "plot", "user", "says"]
+WORDS = [
+    "good",
+    "fine",
+    "great",
+    "bad",
+    "poor",
+    "awful",
+    "the",
+    "a",
+    "film",
+    "was",
+    "very",
+    "and",
+    "plot",
+    "user",
+    "says",
+]
 CHAT = (
     "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' <end> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"

@@ -45,7 +45,10 @@ def test_holdout_keeps_rows_apart(tmp_path: Path) -> None:
     ("change", "sentence"),
     [
         ({"columns": {"text": "questoin", "label": "intent"}}, r"no column 'questoin'.*question.*nearest: 'question'"),
-        ({"columns": {"text": "question"}}, r"no column 'label' for the role 'label'; the columns are question, intent"),
+        (
+            {"columns": {"text": "question"}},
+            r"no column 'label' for the role 'label'; the columns are question, intent",
+        ),
         ({"columns": {"txt": "question"}}, r"no role 'txt'; it has text, text_pair, label; nearest: 'text'"),
         ({"train": "rows.txt"}, r"there is no file 'rows.txt'"),
     ],
@@ -74,7 +77,9 @@ def table(**columns: list) -> datasets.Dataset:
 def test_labels_are_found_sorted_and_kept(bert: Path) -> None:
     task = Classification().resolved(table(text=["a", "b", "c"], label=["up", "down", "up"]), "rows")
     assert task.labels == ("down", "up")
-    encoded = task.encode(table(text=["good film", "bad"], label=["up", "down"]), task.processor(Base(path=str(bert))), "rows")
+    encoded = task.encode(
+        table(text=["good film", "bad"], label=["up", "down"]), task.processor(Base(path=str(bert))), "rows"
+    )
     assert encoded["labels"] == [1, 0]
     assert encoded["length"] == [4, 3]
 
@@ -87,7 +92,10 @@ def test_number_labels_sort_as_numbers() -> None:
 @pytest.mark.parametrize(
     ("columns", "sentence"),
     [
-        ({"text": ["a", "b"], "label": ["x", "x"]}, "rows: expected at least two classes, all 2 rows have the label 'x'"),
+        (
+            {"text": ["a", "b"], "label": ["x", "x"]},
+            "rows: expected at least two classes, all 2 rows have the label 'x'",
+        ),
         ({"text": ["a", "b"], "label": ["x", None]}, "rows: row 2 has no label"),
     ],
 )

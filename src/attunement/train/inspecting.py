@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 def empty(path: str) -> nn.Module:
     """The model whose configuration is at `path`, of the class its files were written by, on the meta device."""
+    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise AttunementError(f"inspect: there is no folder {path!r}")
     try:
         config = transformers.AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

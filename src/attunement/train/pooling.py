@@ -47,6 +47,11 @@ class PooledForSequenceClassification(PreTrainedModel):
         config.update({"pooling": pooling, "scale": scale})
         return cls(config, AutoModel.from_pretrained(path, config=config, **kwargs))
 
+    @classmethod
+    def from_pretrained(cls, path: str, *args, **kwargs):
+        """A model that `save_pretrained` wrote, as `attune merge` does."""
+        return super().from_pretrained(path, *args, **{"config": AutoConfig.from_pretrained(path)} | kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
 

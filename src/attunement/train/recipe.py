@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,28 @@ from attunement.errors import AttunementError, nearest
 from attunement.train.data import Data
 from attunement.train.section import Section, read
 from attunement.train.tasks import AnyTask, Base
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML with the scalars of version 1.2: the key `on` is a text and 2e-3 a number, as everybody means them."""
+
+
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, found) for tag, found in resolvers if not tag.endswith((":bool", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$", re.I), list("tTfF"))
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def parse(text: str) -> Any:
+    """YAML 1.2 as plain data."""
+    return yaml.load(text, _Yaml)
+
 
 OURS = {"output_dir", "seed", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "remove_unused_columns"}
 
@@ -109,6 +132,8 @@ class Recipe(Section):
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of `transformers.TrainingArguments`."""
         ours = {"seed": self.seed, "output_dir": self.output, "remove_unused_columns": not self.task.lazy}
+        if self.task.lazy and self.training.train_sampling_strategy == "group_by_length":
+            ours["train_sampling_strategy"] = "random"  # pictures have one size
         return self.training.model_dump() | ours
 
     def plain(self) -> dict[str, Any]:
@@ -126,7 +151,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         beside = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise AttunementError(f"there is no recipe file {str(path)!r}{nearest(str(path), beside)}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise AttunementError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -175,15 +200,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         place = place[name]
         if not isinstance(place, dict):
             raise AttunementError(f"{key}: {name!r} is not a mapping but {place!r}")
-    place[".".join(parts)] = _number(yaml.safe_load(text))
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 takes 2e-3 for a text; nobody who writes it means one."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+    place[".".join(parts)] = parse(text)
 
 
 def schema() -> dict[str, Any]:
@@ -194,6 +211,11 @@ def schema() -> dict[str, Any]:
     for key, shorthand in {"model": "a folder or a hub id", "data": "a file"}.items():
         found = made["properties"][key]
         made["properties"][key] = {"anyOf": [{"type": "string", "description": shorthand}, found]}
+    kinds = [key for key, value in defs.items() if "kind" in value.get("properties", {})]
+    words = [defs[key]["properties"]["kind"]["const"] for key in kinds]
+    made["properties"]["task"] = {"anyOf": [{"enum": words}, made["properties"]["task"]]}
+    for key in kinds:
+        defs[key]["required"] = ["kind", *defs[key].get("required", [])]
     defs["Training"]["additionalProperties"] = False
     defs["Training"]["properties"] |= {
         name: {"description": field.metadata.get("help", "")}

@@ -18,15 +18,15 @@ import yaml
 
 import attunement as at
 from attunement.errors import AttunementError, nearest
-from attunement.train.recipe import Recipe
+from attunement.train.recipe import Recipe, parse
 from attunement.train.section import read
 
 if TYPE_CHECKING:
-    from attunement.adapter import Adapter
     from datasets import Dataset
     from rich.console import Console
     from torch import nn
 
+    from attunement.adapter import Adapter
     from attunement.train.trainer import Trainer
 
 
@@ -86,6 +86,9 @@ class Run:
 
     def save(self, metrics: dict[str, dict[str, float]]) -> None:
         """The adapter, the recipe and the figures into the folder."""
+        self.adapter.metrics = {
+            f"{split}_{name}": value for split, row in metrics.items() for name, value in row.items()
+        }
         self.adapter.save(self.folder / "adapter")
         self.write_recipe()
         (self.folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
@@ -112,9 +115,7 @@ def prepare(recipe: Recipe) -> Run:
     recipe = recipe.model_copy(update={"task": task})
     processor = task.processor(recipe.model)
     splits = {split: task.encode(table, processor, where[split]) for split, table in tables.items()}
-    splits = {
-        s: rows if s == "train" else by_length(rows) for s, rows in splits.items()
-    }
+    splits = {s: rows if s == "train" else by_length(rows) for s, rows in splits.items()}
     transformers.set_seed(recipe.seed)  # the head and the adapter start from the same values in every process
     model = task.model(recipe.model, processor)
     method, on = recipe.methods()
@@ -172,7 +173,7 @@ def check_folder(recipe: Recipe, folder: Path, resume: bool, overwrite: bool) ->
             f"{folder} already holds a run: --resume goes on with it, --overwrite starts anew, output=... goes "
             "elsewhere"
         )
-    before, now = yaml.safe_load(old.read_text(encoding="utf-8")), recipe.plain()
+    before, now = parse(old.read_text(encoding="utf-8")), recipe.plain()
     if getattr(recipe.task, "labels", None) is None:
         before["task"].pop("labels", None)  # found in the rows by the first run
     for key, was in _flat(before).items():
@@ -191,7 +192,7 @@ def load(folder: str | Path, data: dict[str, Any] | None = None) -> Run:
             f"{str(folder)!r} is not the folder of a run: it has no recipe.yaml{nearest(str(folder), beside)}"
         )
     quiet()
-    values = yaml.safe_load(file.read_text(encoding="utf-8")) | {"output": str(folder)}
+    values = parse(file.read_text(encoding="utf-8")) | {"output": str(folder)}
     values["data"] |= data or {}
     recipe: Recipe = read(Recipe, values, str(file))
     processor = recipe.task.processor(recipe.model)
@@ -236,7 +237,7 @@ def predict_folder(folder: Path, texts: list[str] | None, file: str | None) -> t
     return asked or [f"row {i}" for i in range(1, len(answers) + 1)], answers
 
 
-def export_folder(folder: Path, to: str, out: Path, rank: int) -> str:
+def export_folder(folder: Path, to: str, out: Path, rank: int | None = None) -> str:
     """Write a run's adapter for other programs and say, in a sentence, what was written."""
     kinds = ("peft", "lora", "merged")
     if to not in kinds:
@@ -245,14 +246,15 @@ def export_folder(folder: Path, to: str, out: Path, rank: int) -> str:
         raise AttunementError(f"export: {out} is not empty; give another --out")
     run = load(folder)
     if to == "merged":
-        run.adapter.merge()
+        run.adapter.merge(keep=False)
         run.adapter.detach()
         run.model.save_pretrained(out)
         run.processor.save_pretrained(out)
         return f"The merged {type(run.model).__name__} is in {out}."
-    adapter = at.to_lora(run.adapter, rank=rank, name=f"{run.adapter.name}-lora") if to == "lora" else run.adapter
+    adapter = at.to_lora(run.adapter, rank=rank) if to == "lora" else run.adapter
     adapter.save(out, format="peft")
-    return f"The adapter is in {out}, in PEFT's format."
+    error = f"; the largest relative error of a site is {adapter.info['error']:.2g}" if to == "lora" else ""
+    return f"The adapter is in {out}, in PEFT's format{error}."
 
 
 def quiet() -> None:

@@ -48,6 +48,8 @@ class Base(Section):
 
     def load(self, what: Any, **options: Any) -> Any:
         """`what.from_pretrained(path)`, a failure of which is one sentence."""
+        if self.path.startswith(("/", ".", "~")) and not Path(self.path).is_dir():
+            raise AttunementError(f"model.path: there is no folder {self.path!r}")
         try:
             return what(self.path, **options)
         except (OSError, ValueError, KeyError) as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Sampler
@@ -16,6 +17,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import attunement as at
 from attunement.errors import AttunementError
+from attunement.storage import describe
 
 if TYPE_CHECKING:
     from attunement.adapter import Adapter
@@ -126,6 +128,16 @@ class Trainer(transformers.Trainer):
     def _load_best_model(self) -> None:
         load_adapters(self.adapted, Path(self.state.best_model_checkpoint))
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # `transformers` would write the whole sharded model beside the optimizer
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         rows = self.train_dataset  # `train_dataset` is the same without the columns that the model does not read
         grouped = getattr(self.args, "train_sampling_strategy", "random") == "group_by_length"
@@ -212,6 +224,8 @@ def save_adapters(model: nn.Module, folder: Path, writes: bool = True) -> None:
     for name, adapter in training.items():
         if writes:
             adapter.save(_place(folder, name, len(training)))
+        else:  # sharded tensors are gathered by all processes together
+            describe(adapter), adapter.state()
 
 
 def load_adapters(model: nn.Module, folder: Path) -> None:

@@ -1,0 +1,41 @@
+"""Two gloo processes under DDP and FSDP2; see `pair_of_processes.py` for what is compared."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from grid import every_sample, promise
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """{sample and kind: a traceback, or nothing}, from one pair of processes for all methods together."""
+    results = tmp_path_factory.mktemp("pair") / "results.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, str(HERE / "pair_of_processes.py"), str(results)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return {"": done.stderr[-3000:], **(json.loads(results.read_text()) if results.exists() else {})}
+
+
+@every_sample
+@promise("ddp")
+def test_ddp_gives_the_gradients_of_one_process(sample, found):
+    assert found.get(f"{sample.id} ddp", f"the processes ended before: {found['']}") == ""
+
+
+@every_sample
+@promise("fsdp")
+def test_fsdp2_gives_the_gradients_of_one_process(sample, found):
+    assert found.get(f"{sample.id} fsdp", f"the processes ended before: {found['']}") == ""

@@ -1,0 +1,155 @@
+"""Adapters that are saved, copied, moved and made before there are values."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from grid import SAMPLES, adapted, every_cell, every_sample, gradients, loss, promise
+from safetensors.torch import save_file
+from toy_model import bits, distance, ids, out, same_bits, toy
+
+import attunement as at
+
+HERE = Path(__file__).parent
+
+
+@every_cell
+@promise("save")
+def test_what_is_saved_comes_back(sample, layer, tmp_path):
+    model, fresh = toy(), toy()
+    adapter = adapted(model, sample, layer)
+    adapter.save(tmp_path / "saved")
+    before = bits(fresh)
+    loaded = at.load(fresh, tmp_path / "saved", trainable=True)
+    assert same_bits(loaded.state(), adapter.state())
+    assert [part.key for part in loaded.parts] == [part.key for part in adapter.parts]
+    assert distance(out(fresh), out(model)) <= 1e-12
+    assert same_bits(bits(fresh), before)
+    loss(fresh(ids())).backward()
+    assert all(gradient.abs().max() > 0 for gradient in gradients(loaded).values())
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """What every method, saved here, gives in one other process: {sample: a sentence, empty where all is right}."""
+    folder = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    for sample in SAMPLES:
+        model = toy()
+        adapted(model, sample).save(folder / sample.id)
+        save_file({"out": out(model)}, folder / f"{sample.id}.safetensors")
+    done = subprocess.run(
+        [sys.executable, str(HERE / "fresh_process.py"), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"": done.stderr[-3000:]}
+
+
+@every_sample
+@promise("save")
+def test_a_fresh_process_loads_it(sample, elsewhere):
+    assert elsewhere.get(sample.id, elsewhere.get("", "not reached")) == ""
+
+
+@every_sample
+@promise("save")
+def test_another_base_and_spoilt_files_are_refused(sample, tmp_path):
+    adapted(toy(), sample).save(tmp_path / "saved")
+    other = toy()
+    file = tmp_path / "saved" / "adapter.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    before = out(other)
+    with pytest.raises(at.AttunementError, match="truncated"):
+        at.load(other, tmp_path / "saved")
+    file.write_bytes(whole)
+    assert at.adapters(other) == {}
+    assert torch.equal(out(other), before)
+
+
+@every_sample
+@promise("head")
+def test_a_task_head_trains_and_is_saved_with_it(sample, tmp_path):
+    model, fresh = toy(classes=3), toy(classes=3)
+    adapter = adapted(model, sample)
+    assert any(key.startswith("head.weight") for key in adapter.state())
+    assert not any(key.startswith("head.weight") for key in adapted(toy(), sample).state()), (
+        "a language model's does not"
+    )
+    adapter.save(tmp_path / "saved")
+    at.load(fresh, tmp_path / "saved")
+    assert distance(out(fresh), out(model)) <= 1e-12
+
+
+@every_sample
+@promise("copy")
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_is_a_model_of_its_own(sample, again):
+    model = toy()
+    adapted(model, sample, name="a")
+    adapted(model, sample, name="b", seed=1)
+    twin = again(model)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    for name in (None, "a", "b", at.Stack("a", "b")):
+        with at.using(model, name), at.using(twin, name):
+            assert distance(out(twin), out(model)) <= 1e-12, name
+    loss(twin(ids())).backward()
+    handle = at.adapters(twin)["b"]
+    assert all(gradient.abs().max() > 0 for gradient in gradients(handle).values())
+    torch.optim.SGD(handle.groups(lr=1.0)).step()
+    assert distance(out(twin), out(model)) > 1e-4
+    assert same_bits(model.state_dict(), state)
+    at.detach(twin)
+    assert torch.equal(out(twin), out(toy()))
+    assert set(at.adapters(model)) == {"a", "b"}
+
+
+@every_sample
+@promise("copy")
+def test_the_model_moves_with_its_adapter(sample):
+    model = toy()
+    adapter = adapted(model, sample)
+    expected = out(model)
+    model.to(torch.float32)
+    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
+    assert distance(out(model).double(), expected) <= 1e-4
+    model.to(torch.float64)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    here = out(model)
+    model.to("meta")
+    assert all(p.is_meta for p in adapter.parameters())
+    model.load_state_dict(state, assign=True)
+    assert distance(out(model), here) <= 1e-12
+    loss(model(ids())).backward()
+    assert all(gradient.abs().max() > 0 for gradient in gradients(adapter).values())
+
+
+@every_sample
+@promise("meta")
+@pytest.mark.parametrize("assign", [True, False], ids=["assign", "to_empty"])
+def test_a_model_is_adapted_before_it_has_values(sample, assign):
+    model = toy()
+    adapted(model, sample)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    empty = toy().to("meta")
+    adapter = adapted(empty, sample, seed=None)
+    assert all(p.is_meta for p in adapter.parameters())
+    assert set(empty.state_dict()) == set(state)
+    if not assign:
+        empty.to_empty(device="cpu")
+    empty.load_state_dict(state, assign=assign)
+    assert distance(out(empty), out(model)) <= 1e-12
+    loss(empty(ids())).backward()
+    assert all(gradient.abs().max() > 0 for gradient in gradients(adapter).values())
