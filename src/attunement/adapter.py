@@ -539,7 +539,7 @@ def build(model: nn.Module, groups: list[Group], name: str) -> Adapter:
             for module in filter(None, (site.module, site.place.entry)):
                 if (sealed := sealed_forward(module)) is not None:
                     raise AttunementError(f"adapt: {site.name}: {sealed}")
-                if any(hasattr(p, "placements") for p in module._parameters.values()):
+                if any(type(p) is not nn.Parameter and hasattr(p, "placements") for p in module._parameters.values()):
                     raise AttunementError(f"adapt: {site.name} is sharded already; adapt before fully_shard")
         shared = tagged(group.method.shared(group.sites))
         if shared:

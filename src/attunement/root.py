@@ -38,15 +38,17 @@ class Bench:
         self.one_by_one = False  # a site cannot tell rows apart: the model runs once per distinct adapter
         self.hooks: dict[str, list[Any]] = {}
         self.tapped: list[Part] = []  # the parts that hold an x between two modules
-        self.frozen = {name: p.requires_grad for name, p in model.named_parameters()}
+        self.frozen: dict[str, bool] = {}
 
     # --- adapters come and go ---
 
     def add(self, adapter: Adapter) -> None:
         name = adapter.name
         if not self.adapters:
-            for parameter in self.model.parameters():
+            for parameter_name, parameter in self.model.named_parameters():
+                self.frozen[parameter_name] = parameter.requires_grad
                 parameter.requires_grad_(False)
+            self.watch_recomputation()
         for number, group in enumerate(adapter.groups_):
             if group.shared is not None:  # a Sequential or a list would run or count it
                 listing = isinstance(self.model, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
@@ -59,10 +61,6 @@ class Bench:
                 exchange(part.site.place.entry)  # type: ignore[arg-type]
             container(part.site.module, name)._modules[part.slot] = part.holder
         self.hooks[name] = [layer.register_forward_hook(_nothing) for layer in self._fast_layers(adapter)]
-        for module in self.model.modules():
-            kept = module.__dict__.get("_gradient_checkpointing_func")
-            if kept is not None and not isinstance(kept, Recompute):
-                module._gradient_checkpointing_func = Recompute(kept, self)  # type: ignore[assignment]
         self.adapters[name] = adapter
 
     def remove(self, adapter: Adapter) -> None:
@@ -94,6 +92,13 @@ class Bench:
         del self.model.__dict__["_attuned_bench"]
         for parameter_name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.frozen.get(parameter_name, True))
+
+    def watch_recomputation(self) -> None:
+        """Let every layer that recomputes its activations do so under the active set of its forward."""
+        for module in self.model.modules():
+            kept = module.__dict__.get("_gradient_checkpointing_func")
+            if kept is not None and not isinstance(kept, Recompute):
+                module._gradient_checkpointing_func = Recompute(kept, self)  # type: ignore[assignment]
 
     def _fast_layers(self, adapter: Adapter) -> Iterator[nn.Module]:
         """Encoder layers that would read weights past an adapted output; a hook legally turns that path off."""
@@ -254,7 +259,7 @@ def _require(adapter: Adapter, value: bool) -> None:
 def container(module: nn.Module, name: str) -> nn.Module:
     """The module under which an adapter's holders stand: two plain levels, since ModuleDict refuses some names."""
     if CONTAINER not in module._modules:
-        if hasattr(module, CONTAINER):
+        if CONTAINER in module.__dict__ or hasattr(type(module), CONTAINER):
             raise AttunementError(f"adapt: {type(module).__name__} has an attribute {CONTAINER!r} of its own")
         module._modules[CONTAINER] = nn.Module()
     outer: nn.Module = module._modules[CONTAINER]  # type: ignore[assignment]
@@ -266,6 +271,7 @@ def container(module: nn.Module, name: str) -> nn.Module:
 _PLAIN = nn.Module()
 
 
+@functools.cache
 def _safe(name: str) -> str:
     """A child's name under which attribute access finds the child and not something of nn.Module."""
     return f"{name}~" if hasattr(_PLAIN, name) else name
@@ -359,10 +365,8 @@ def root_extras(base: type, forward: Callable[..., Any]) -> dict[str, Any]:
 
     def _set_gradient_checkpointing(self: Any, *args: Any, **kwargs: Any) -> None:
         base._set_gradient_checkpointing(self, *args, **kwargs)  # type: ignore[attr-defined]
-        for module in self.modules():
-            kept = module.__dict__.get("_gradient_checkpointing_func")
-            if kept is not None and not isinstance(kept, Recompute):
-                module._gradient_checkpointing_func = Recompute(kept, self._attuned_bench)
+        if self._attuned_bench is not None:
+            self._attuned_bench.watch_recomputation()
 
     def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not args and not kwargs.get("new_num_tokens"):
