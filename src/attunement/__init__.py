@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from attunement import recipes
 from attunement.adapter import Adapter, adapt, adapters, detach, use, using
 from attunement.anatomy import anatomy
 from attunement.compose import Average, Rows, Stack, Sum, Weighted
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
     from attunement.train.trainer import Callback, Trainer
 
 # after the package `attunement.methods`, whose name the function takes
-from attunement.method import Method, OutputMethod, ParameterMethod, WeightMethod, method, methods, register  # noqa: E402, I001
+from attunement.method import Method, OutputMethod, ParameterMethod, WeightMethod, method, methods, register  # isort: skip
 
 __version__ = "0.1.0"
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "Adapter",
     "AttunementError",
     "Average",
@@ -56,8 +57,4 @@ def __getattr__(name: str) -> Any:
         from attunement.train import trainer
 
         return getattr(trainer, name)
-    if name == "recipes":
-        import importlib
-
-        return importlib.import_module("attunement.recipes")
     raise AttributeError(f"module 'attunement' has no attribute {name!r}")

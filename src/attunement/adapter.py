@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from attunement.anatomy import Anatomy, Place, anatomy
-from attunement.attach import CONTAINER, Holder, Part, exchange, sealed_forward
+from attunement.anatomy import CONTAINER, Anatomy, Place, anatomy
+from attunement.attach import Holder, Part, exchange, sealed_forward
 from attunement.compose import Active, checked
 from attunement.errors import AttunementError
 from attunement.method import Method, Tagged, is_additive, tagged
@@ -227,7 +227,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def getattr_tensor(owner: nn.Module, name: str) -> Tensor:
     """A parameter or buffer of a module by name."""
-    tensor = owner._parameters.get(name)
+    tensor: Tensor | None = owner._parameters.get(name)
     tensor = owner._buffers[name] if tensor is None else tensor
     assert tensor is not None
     return tensor

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attunement.anatomy import CONTAINER
 from attunement.compose import Active, Average, Rows, Stack, Weighted
 from attunement.errors import AttunementError
 from attunement.method import WEIGHT_FORMS, Method, Tagged, is_additive, product, reads_weight, weight_form
@@ -74,7 +73,7 @@ class Part:
     def values(self, form: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """The tensors that an expression takes, by name; read from the modules that own them, at every use."""
         holder = self.holder
-        values = {**holder._parameters, **holder._buffers}
+        values: dict[str, Any] = {**holder._parameters, **holder._buffers}
         for shared in self.common:
             values.update(shared._parameters)
             values.update(shared._buffers)
@@ -193,7 +192,7 @@ def _named_parameters(cls: type, form: str) -> tuple[str, ...] | None:
 
 def taken(method: Method, form: str, names: Sequence[str]) -> tuple[str, ...] | None:
     """Which of these tensors an expression takes, by the names of its parameters; None for all of them."""
-    parameters = _named_parameters(type(method), form)
+    parameters = _named_parameters(type(method), form)  # type: ignore[arg-type]
     if parameters is None:
         return None
     wanted = tuple(name for name in names if name in parameters)
@@ -337,6 +336,7 @@ def resolved(active: Active, entries: Mapping[str, Sequence[tuple[Part, str]]]) 
     return Blend([node for node, _ in terms], gains)
 
 
+_version = operator.attrgetter("_version")
 rows_running = [0]
 """How many models are in a forward with rows at the moment: reading a weight means computing with it only then."""
 
@@ -521,10 +521,9 @@ class RowsPlan:
         tapped = [p for plan in plans if plan is not None for p in (*plan.taps, *parts_of(plan.leaves)) if p.taps]
         self.shares_taps = len(set(tapped)) < len(tapped)  # one part cannot keep the x of two groups of rows
         self.layout: Any = next((plan.layout for plan in plans if plan is not None), None)
-        # where the tensors of all factors stand: looked up at every use, since their owners may replace them
         parts = {id(p): p for plan in plans if plan is not None for p, _ in plan.terms or ()}.values()
-        owners = {id(o): o for p in parts for o in (p.holder, *p.common)}.values()
-        self._sources = [(where, n) for o in owners for where in (o._parameters, o._buffers) for n in where]
+        self._owners = list({id(o): o for p in parts for o in (p.holder, *p.common)}.values())
+        self._reads = any(part.reads_weight for part in parts)
         self._gathered: tuple[Any, ...] | None = None
 
     def parameter(self, module: nn.Module, name: str, base: Any) -> Any:
@@ -574,16 +573,16 @@ class RowsPlan:
 
     def _factors(self, module: Any, x: Tensor, repeat: int) -> tuple[Tensor, Tensor]:
         """The factors of every row, ranks padded with zeros; kept until a tensor of theirs changes."""
-        tensors = [owner[name] for owner, name in self._sources]
-        fresh = (
-            torch.compiler.is_compiling()
-            or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-            or any(t.is_inference() for t in tensors)
-        )
+        tensors: list[Any] = [module._parameters["weight"]] if self._reads else []
+        for owner in self._owners:
+            tensors += owner._parameters.values()
+            tensors += owner._buffers.values()
+        fresh = torch.compiler.is_compiling() or any(map(Tensor.is_inference, tensors))
+        fresh |= torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         key: tuple[Any, ...] = ()
         if not fresh:
             mode = torch.is_inference_mode_enabled()
-            key = (x.device, x.dtype, repeat, mode, [t._version for t in tensors], [t.data_ptr() for t in tensors])
+            key = (x.device, x.dtype, repeat, mode, *map(_version, tensors), *map(Tensor.data_ptr, tensors))
             kept = self._gathered
             if kept and kept[0] == key and all(map(operator.is_, kept[1], tensors)):
                 return kept[2], kept[3]
@@ -744,7 +743,7 @@ def exchanged(base: type, names: tuple[str, ...], extras: Extras | None = None) 
         forward.__signature__ = inspect.signature(inner)  # type: ignore[attr-defined]
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
-        _, _, *state = object.__reduce_ex__(self, protocol)
+        _, _, *state = tuple(object.__reduce_ex__(self, protocol))
         return (_rebuilt, (base, names, extras), *state)
 
     body: dict[str, Any] = {

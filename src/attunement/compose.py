@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from attunement.errors import AttunementError, nearest
 
-Active: TypeAlias = "str | None | Composition"
+Active: TypeAlias = "str | Composition | None"
 
 
 class Composition:

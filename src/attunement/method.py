@@ -94,7 +94,7 @@ class Method:
 
     def reads_input(self) -> bool:
         """Whether `output` needs x; a first parameter whose name begins with an underscore says it does not."""
-        return _reads_first(type(self), "output")
+        return _reads_first(type(self), "output")  # type: ignore[arg-type]
 
     def rates(self) -> Mapping[str, Mapping[str, float]]:
         """Factors on the learning rate and the weight decay of single tensors: `{"B": {"lr": 16.0}}`."""
@@ -157,7 +157,7 @@ def weight_form(method: Method) -> str | None:
 def reads_weight(method: Method) -> bool:
     """Whether the weight form of a method needs the values of W."""
     form = weight_form(method)
-    return form is not None and _reads_first(type(method), form)
+    return form is not None and _reads_first(type(method), form)  # type: ignore[arg-type]
 
 
 def is_additive(method: Method) -> bool:
@@ -187,11 +187,11 @@ def register(name: str, *, source: str) -> Callable[[C], C]:
             raise AttunementError(
                 f"register: {cls.__name__} has no expression; expected one of factors, delta, weight, output, input"
             )
-        made = validated(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))(cls)
+        made: Any = validated(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))(cls)
         made.name, made.source = name, source
         _say_plainly(made)
         _registry[name] = made
-        return made
+        return made  # type: ignore[no-any-return]
 
     return decorate
 
@@ -201,13 +201,13 @@ def _say_plainly(cls: type) -> None:
     init = cls.__init__  # type: ignore[misc]
 
     @functools.wraps(init)
-    def __init__(self: Any, *args: Any, **fields: Any) -> None:
+    def checked(self: Any, *args: Any, **fields: Any) -> None:
         try:
             init(self, *args, **fields)
         except ValidationError as error:
             raise AttunementError(_sentence(cls, error)) from None
 
-    cls.__init__ = __init__  # type: ignore[misc]
+    cls.__init__ = checked  # type: ignore[misc]
 
 
 def _sentence(cls: type, error: ValidationError) -> str:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from attunement.attach import CONTAINER, Part, RowsElsewhere, exchange, plan_of, restore, rows_running
+from attunement.anatomy import CONTAINER
+from attunement.attach import Part, RowsElsewhere, exchange, plan_of, restore, rows_running
 from attunement.compose import Active, Rows, checked, names_in
 from attunement.errors import AttunementError
 
@@ -316,7 +317,9 @@ def _some_gradient(args: tuple[Any, ...]) -> tuple[Any, ...]:
     if any(t.requires_grad for t in tensors):
         return args
     first = next((t for t in tensors if t.is_floating_point()), None)
-    return tuple(a.detach().requires_grad_() if a is first else a for a in args)
+    if first is None:
+        return args
+    return tuple(first.detach().requires_grad_() if a is first else a for a in args)
 
 
 def bench_of(model: nn.Module) -> Bench:

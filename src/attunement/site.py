@@ -108,7 +108,8 @@ class ConvLayout(Layout):
         return W.reshape(parameter.shape)
 
     def known(self, module: nn.Module) -> bool:
-        return base_of(type(module)).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+        own: Any = base_of(type(module))
+        return own.forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
     def call(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return module._conv_forward(x, weight, bias)
@@ -239,11 +240,10 @@ def layout_of(module: nn.Module, parameter: str, transposed: bool = False) -> La
         return f"{cls.__name__} has no {parameter!r} of its own"
     if base_of(cls).__module__.startswith("bitsandbytes."):
         return QUANTISED
-    if parameter != "weight" or value.dim() == 3:
-        if not isinstance(module, (nn.Conv1d, nn.Embedding)):
-            if value.dim() not in (2, 3):
-                return f"{parameter!r} of {cls.__name__} has {value.dim()} dimensions, which is no matrix"
-            return EXPERTS_TRANSPOSED if transposed else OPAQUE
+    if (parameter != "weight" or value.dim() == 3) and not isinstance(module, nn.Conv1d):
+        if value.dim() not in (2, 3):
+            return f"{parameter!r} of {cls.__name__} has {value.dim()} dimensions, which is no matrix"
+        return EXPERTS_TRANSPOSED if transposed else OPAQUE
     if isinstance(module, nn.Linear):
         return LINEAR
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -280,7 +280,9 @@ class Site:
         # whether calling the module applies this parameter: an attention's projections are read, not called
         self.called = parameter in (None, "weight") and base_of(type(place.module)).__name__ != _READ_ONLY
         # the bias that goes with the matrix: "weight" -> "bias", "in_proj_weight" -> "in_proj_bias"
-        self.bias = (parameter or "").replace("weight", "bias") if "weight" in (parameter or "") else f"{parameter}_bias"
+        self.bias = (
+            (parameter or "").replace("weight", "bias") if "weight" in (parameter or "") else f"{parameter}_bias"
+        )
         slot = parameter or "output"
         self.slot = slot if view is None else f"{slot}-{place.role.rpartition('.')[2]}"
         self.key = f"{place.name}.{self.slot}" if place.name else self.slot

@@ -67,13 +67,13 @@ def write_atomically(
     try:
         draft.mkdir()
         save_file({k: v.to("cpu") for k, v in tensors.items()}, draft / name, metadata=metadata)
-        for file, text in texts.items():
-            (draft / file).write_text(text, encoding="utf-8")
+        for word, text in texts.items():
+            (draft / word).write_text(text, encoding="utf-8")
         for file in draft.iterdir():
             _sync(file)
         if folder.exists():
-            for file in (name, *texts):
-                os.replace(draft / file, folder / file)
+            for word in (name, *texts):
+                os.replace(draft / word, folder / word)
         else:
             os.rename(draft, folder)
         _sync(folder.parent)
@@ -375,7 +375,9 @@ def to_lora(adapter: Adapter, rank: int | None = None, name: str | None = None) 
     if rank is None and len(ranks) < len(changes):
         raise AttunementError("to_lora: this adapter's changes have full rank; say which rank to convert to")
     rank = max(ranks, default=1) if rank is None else rank
-    errors, values, by_rank = {}, {}, {}
+    errors: dict[str, float] = {}
+    values: dict[str, tuple[Tensor, Tensor]] = {}
+    by_rank: dict[int, list[Site]] = {}
     for part, (B, A, exact) in changes.items():
         own = min(rank, part.site.inputs, part.site.outputs)
         if not (exact and B.shape[1] <= own):
@@ -398,10 +400,10 @@ def to_lora(adapter: Adapter, rank: int | None = None, name: str | None = None) 
                 B, A = values[part.key]
                 part.holder._parameters["B"].zero_()[:, : B.shape[1]] = B  # type: ignore[union-attr]
                 part.holder._parameters["A"].zero_()[: A.shape[0]] = A  # type: ignore[union-attr]
-        own = {part.key: part for part in made.parts}
+        fresh = {part.key: part for part in made.parts}
         for part in kept:
             for word, value in part.holder.state_dict().items():
-                own[part.key].holder.state_dict()[word].copy_(value)
+                fresh[part.key].holder.state_dict()[word].copy_(value)
     made.info.update(errors=errors, error=max(errors.values(), default=0.0))
     return attach(made)
 

@@ -1,0 +1,52 @@
+# Two commands are enough on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# Where pip finds torch: e.g. TORCH_ARGS="--index-url <PyTorch's index of CPU wheels>" for a small build without CUDA
+TORCH_ARGS ?=
+# one thread a process: the tests already run in as many processes as there are cores
+THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: demo test install dev lint format types bench readme clean
+
+demo: $(VENV)/demo
+	$(BIN)/attune demo
+
+test: $(VENV)/dev
+	$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -n auto --dist worksteal $(ARGS)
+
+install: $(VENV)/demo
+dev: $(VENV)/dev
+
+$(VENV)/torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH_ARGS) --constraint constraints.txt torch
+	touch $@
+
+$(VENV)/demo: $(VENV)/torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
+	touch $@
+
+$(VENV)/dev: $(VENV)/torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	touch $@ $(VENV)/demo
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/dev
+	$(BIN)/mypy
+
+bench: $(VENV)/dev
+	$(BIN)/python -m benchmarks $(ARGS)
+
+readme: $(VENV)/dev
+	$(BIN)/python docs/readme.py
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
