@@ -38,7 +38,8 @@ def main() -> None:
         if not asked.quick:
             write(name, found)
             write_table(every)
-    show(done)
+    if len(found) < len(done):
+        show(done)
 
 
 if __name__ == "__main__":

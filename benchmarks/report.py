@@ -43,7 +43,8 @@ def show(results: Sequence[Result]) -> None:
         table.add_column(column, justify="left" if column in ("bar", "") else "right")
     for result in results:
         table.add_row(*cells(result), style="green" if result.met else "red")
-    Console().print(table)
+    console = Console()
+    console.print(table, width=None if console.is_terminal else 120)
 
 
 def write(name: str, results: Sequence[Result]) -> None:

@@ -128,7 +128,8 @@ class Adapter:
                 raise AttunementError(f"{where}: {key!r} has values that are not finite")
         with torch.no_grad():
             for key, (owner, name) in own.items():
-                getattr_tensor(owner, name).copy_(state[key])
+                here = getattr_tensor(owner, name)
+                here.copy_(_like(here, state[key]))
 
     # --- training ---
 
@@ -225,6 +226,15 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def _like(here: Any, value: Tensor) -> Tensor:
+    """A value as it must come to be copied into `here`: sharded where that is."""
+    if not hasattr(here, "placements"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(here.device), here.device_mesh, here.placements)
+
+
 def getattr_tensor(owner: nn.Module, name: str) -> Tensor:
     """A parameter or buffer of a module by name."""
     tensor: Tensor | None = owner._parameters.get(name)
@@ -254,7 +264,8 @@ class Summary:
             table.add_column(column, justify="right" if column in ("sites", "trained", "scale") else "left")
         for group in adapter.groups_:
             count = sum(p.numel() for owner in group.holders() for p in owner.parameters())
-            scales = {float(b.flatten()[0]) for h in group.holders() if (b := h._buffers.get("scale")) is not None}
+            buffers = [b for h in group.holders() if (b := h._buffers.get("scale")) is not None and not b.is_meta]
+            scales = {float(b.flatten()[0]) for b in buffers}
             scale = ", ".join(f"{s:g}" for s in sorted(scales)) if scales else ""
             table.add_row(Text(type(group.method).__name__), Text(group.on), str(len(group.parts)), f"{count:,}", scale)
         yield table

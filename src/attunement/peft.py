@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from attunement.anatomy import anatomy
-from attunement.attach import CONTAINER
+from attunement.anatomy import CONTAINER, anatomy
 from attunement.errors import AttunementError, nearest
 from attunement.method import Method
 from attunement.methods.low_rank.dora import DoRA

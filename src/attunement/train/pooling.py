@@ -35,6 +35,8 @@ class PooledForSequenceClassification(PreTrainedModel):
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         self.head.to(self.backbone.dtype)
+        if backbone is None:  # a pretrained backbone must not meet the initialisation that this brings
+            self.post_init()
 
     @classmethod
     def from_backbone(cls, path: str, pooling: str = "mean", scale: float = 20.0, **kwargs):
