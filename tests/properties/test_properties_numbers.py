@@ -15,7 +15,7 @@ import attunement as at
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 ROUNDINGS = 3  # adapted and bare model round alike: their errors are of one size
-MANY = ids(24)
+MANY = ids(12)
 
 
 def error(found, exact) -> float:
@@ -78,7 +78,8 @@ def test_autocast_adds_no_more_error_than_the_base_has(sample, layer):
 def test_gradients_are_those_of_the_function(sample, layer):
     model = toy()
     adapter = adapted(model, sample, layer)
-    assert torch.autograd.gradcheck(lambda *_: loss(model(ids())), tuple(adapter.parameters()), fast_mode=True)
+    function = lambda *_: loss(model(ids()))  # noqa: E731 - the parameters are moved in place
+    assert torch.autograd.gradcheck(function, tuple(adapter.parameters()), fast_mode=True, raise_exception=False)
 
 
 @every_sample

@@ -1,4 +1,4 @@
-"""What README.md says, run: its tour in order on the real MiniLM, its method through the core, its table against the registry."""
+"""What README.md says, run: its tour on the real MiniLM, its method through the core, its table against the registry."""
 
 import re
 import runpy

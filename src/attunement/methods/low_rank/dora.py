@@ -29,6 +29,7 @@ class DoRA(WeightMethod):
     """
 
     placement: ClassVar[str] = "attention.{query,key,value}|mlp.{up,down}"
+    cannot: ClassVar[Mapping[str, str]] = {"gradcheck": "the norm is a constant for its gradient"}
 
     rank: PositiveInt = 8
     alpha: PositiveFloat | None = None
