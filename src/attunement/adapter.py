@@ -14,7 +14,7 @@ from attunement.anatomy import CONTAINER, Anatomy, Place, anatomy
 from attunement.attach import Holder, Part, exchange, sealed_forward
 from attunement.compose import Active, checked
 from attunement.errors import AttunementError
-from attunement.method import Method, Tagged, is_additive, tagged
+from attunement.method import Method, Tagged, is_additive, tagged, weight_form
 from attunement.method import method as method_named
 from attunement.root import Bench, bench_of, root_extras
 from attunement.selection import select
@@ -396,7 +396,7 @@ def _group(
             continue
         for site in sites_of(structure, method, place):
             if isinstance(site, Site):
-                reason = method.refuse(site)
+                reason = method.refuse(site) or passed_over(structure.model, method, site)
                 if reason is None:
                     group.sites.append(site)
                     continue
@@ -460,6 +460,17 @@ def _matrices_under(structure: Anatomy, place: Place) -> list[Place]:
         and not p.members
         and (p.parameter or "weight" in p.module._parameters)
     ]
+
+
+def passed_over(model: nn.Module, method: Method, site: Site) -> str | None:
+    """Why a method cannot act on a module whose parent, on some devices, reads its weights instead of calling it."""
+    parent = model.get_submodule(site.name.rpartition(".")[0])
+    if not hasattr(parent, "cuda_kernels_forward"):
+        return None
+    site.called = False  # what can act on the weight acts there
+    if weight_form(method) is not None and site.parameter is not None:
+        return None
+    return f"the fused path of {type(parent).__name__} reads the weights of its parts and never calls them"
 
 
 def _matrix_site(method: Method, place: Place) -> Site | str:

@@ -129,7 +129,9 @@ class Bench:
         tree = checked(active, self.adapters)
         self.apply(tree)
         self.active = active
-        self.tapped = [part for name in dict.fromkeys(names_in(active)) for part in self.adapters[name].parts if part.taps]
+        self.tapped = [
+            part for name in dict.fromkeys(names_in(active)) for part in self.adapters[name].parts if part.taps
+        ]
         self.rows = len(tree.items) if isinstance(tree, Rows) else 0
         self.one_by_one = bool(self.rows) and any(
             getattr(m, "batch_first", True) is False for m in self.model.modules()

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from attunement.adapter import Adapter, Group, attach, build, check_name, output_site
+from attunement.adapter import Adapter, Group, attach, build, check_name, output_site, passed_over
 from attunement.anatomy import Place, RowView
 from attunement.errors import AttunementError, nearest
 from attunement.method import Method, method_from, split
@@ -243,7 +243,7 @@ def load(
         groups.append(Group(method, str(entry["on"]), [_site(model, method, site) for site in entry["sites"]]))
     for group in groups:
         for site in group.sites:
-            if (reason := group.method.refuse(site)) is not None:
+            if (reason := group.method.refuse(site) or passed_over(model, group.method, site)) is not None:
                 raise AttunementError(f"load: {type(group.method).__name__} cannot act on {site.key}: {reason}")
     adapter = build(model, groups, name)
     adapter.metrics = dict(said.get("metrics") or {})

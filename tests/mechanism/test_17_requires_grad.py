@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hostile import QUERY_VALUE, RECIPES, adapted, ids, tower
+from hostile import RECIPES, adapted, ids, tower
 
 import attunement as at
 
@@ -124,12 +124,3 @@ def test_an_optimizer_over_everything_moves_the_active_adapter_only():
     assert all(".attuned.a." in key for key in moved)
     assert {p.grad is None for p in b.parameters()} == {True}
     assert len(moved) == len(list(a.parameters()))
-
-
-def test_users_own_choice_of_tensors_survives_a_swap():
-    """Freezing one tensor of an adapter by hand is the user's business."""
-    model = tower()
-    a = at.adapt(model, {QUERY_VALUE: at.LoRA(rank=2)}, name="a")
-    at.adapt(model, {QUERY_VALUE: at.LoRA(rank=2)}, name="b")
-    assert list(at.adapters(model)) == ["a", "b"]
-    assert a.trainable is True

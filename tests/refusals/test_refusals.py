@@ -95,7 +95,7 @@ def refused(model, action, *words):
         (lambda: at.method("lara")(), "attention.query", ["lora"]),
         (lambda: "lora", "attention.query", ["method"]),
         (lambda: {"attention.query": 8}, None, ["LoRA"]),
-        (lambda: {}, None, ["mapping"]),
+        (dict, None, ["mapping"]),
         (lambda: {"attention.query": at.LoRA()}, "norm", ["on"]),
         (lambda: at.LoRA(rank=2), "recurrent", ["LSTM"]),
         (lambda: at.Train(), "recurrent", ["LSTM"]),
@@ -120,7 +120,9 @@ def test_a_name_twice_and_overlaps():
     refused(model, lambda: at.adapt(model, at.LoRA(rank=2), name="a"), "'a'")
     twice = {"attention.query": at.LoRA(rank=2), "*.q_proj": at.LoRA(rank=4)}
     refused(model, lambda: at.adapt(model, twice, name="b"), "twice")
-    refused(model.layers[0], lambda: at.adapt(model.layers[0], at.LoRA(rank=2), on="*.q_proj|q_proj", name="b"), "adapted")
+    refused(
+        model.layers[0], lambda: at.adapt(model.layers[0], at.LoRA(rank=2), on="*.q_proj|q_proj", name="b"), "adapted"
+    )
 
 
 def test_active_sets():
@@ -337,3 +339,20 @@ def test_a_full_disk_leaves_the_adapter_before(tmp_path):
     adapter = at.load(nn.Sequential(nn.Linear(256, 256)), tmp_path / "a", strict=False)
     assert all((p != 7).all() for p in adapter.parameters())
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_fused_path_of_mamba():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    config = MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1, vocab_size=30)
+    model = MambaForCausalLM(config).eval()
+    refused(model, lambda: at.adapt(model, at.Bottleneck(size=2), on="*.out_proj"), "MambaMixer", "fused")
+    ids = torch.arange(6)[None]
+    before = model(ids).logits
+    adapter = at.adapt(model, at.IA3(), on="*.out_proj", name="a")  # acts on the weight, which both paths read
+    for parameter in adapter.parameters():
+        parameter.data.add_(1.0)
+    mixer = model.backbone.layers[0].mixer
+    assert torch.allclose(mixer.out_proj.weight, 2 * mixer.out_proj._parameters["weight"])
+    assert not torch.allclose(model(ids).logits, before)
