@@ -18,7 +18,7 @@ from attunement.method import Method, Tagged, is_additive, tagged, weight_form
 from attunement.method import method as method_named
 from attunement.root import Bench, bench_of, root_extras
 from attunement.selection import select
-from attunement.site import OPAQUE, PLAIN, Site, layout_of, working_dtype
+from attunement.site import OPAQUE, PLAIN, Site, base_of, children_read, layout_of, working_dtype
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -463,14 +463,15 @@ def _matrices_under(structure: Anatomy, place: Place) -> list[Place]:
 
 
 def passed_over(model: nn.Module, method: Method, site: Site) -> str | None:
-    """Why a method cannot act on a module whose parent, on some devices, reads its weights instead of calling it."""
-    parent = model.get_submodule(site.name.rpartition(".")[0])
-    if not hasattr(parent, "cuda_kernels_forward"):
+    """Why a method cannot act on a module whose weight its parent reads instead of calling it (Mamba's mixer), or None."""
+    above, _, child = site.name.rpartition(".")
+    parent = model.get_submodule(above)
+    if not child or child not in children_read(base_of(type(parent))):
         return None
     site.called = False  # what can act on the weight acts there
     if weight_form(method) is not None and site.parameter is not None:
         return None
-    return f"the fused path of {type(parent).__name__} reads the weights of its parts and never calls them"
+    return f"{type(parent).__name__} reads the weight of its {child!r}: there is no output that is sure to be used"
 
 
 def _matrix_site(method: Method, place: Place) -> Site | str:

@@ -6,7 +6,11 @@ Shapes: W (..., out, in); x and y channels last unless a layout says otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+import inspect
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -213,6 +217,7 @@ class _ExpertsTransposed(Layout):
 
 EXPERTS_TRANSPOSED = _ExpertsTransposed()
 _READ_ONLY = "NonDynamicallyQuantizableLinear"  # MultiheadAttention reads the weight of its out_proj and never calls it
+_READS = re.compile(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size|ndim)|,\s*torch\.Tensor\)|\s+is\b)")
 _CHANNELS_SECOND = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
 
 
@@ -226,6 +231,17 @@ def _parameter(module: nn.Module, name: str) -> Tensor:
 def base_of(cls: type) -> type:
     """The class that a module had before it was adapted."""
     return getattr(cls, "_attuned_base", cls)
+
+
+@functools.cache
+def children_read(cls: type) -> frozenset[str]:
+    """The children whose weights the code of a module class reads itself; a fused path does, or a product spelt out."""
+    found: set[str] = set()
+    for name, function in vars(cls).items():
+        if inspect.isfunction(function) and not any(word in name for word in ("init", "reset", "tie")):
+            with contextlib.suppress(OSError, TypeError):
+                found.update(_READS.findall(inspect.getsource(function)))
+    return frozenset(found)
 
 
 def layout_of(module: nn.Module, parameter: str, transposed: bool = False) -> Layout | str:

@@ -341,18 +341,21 @@ def test_a_full_disk_leaves_the_adapter_before(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_the_fused_path_of_mamba():
+def test_a_mixer_that_reads_the_weights_of_its_parts():
     from transformers import MambaConfig, MambaForCausalLM
 
     torch.manual_seed(0)
     config = MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=1, vocab_size=30)
     model = MambaForCausalLM(config).eval()
-    refused(model, lambda: at.adapt(model, at.Bottleneck(size=2), on="*.out_proj"), "MambaMixer", "fused")
+    refused(model, lambda: at.adapt(model, at.Bottleneck(size=2), on="*.out_proj"), "MambaMixer", "reads")
     ids = torch.arange(6)[None]
     before = model(ids).logits
-    adapter = at.adapt(model, at.IA3(), on="*.out_proj", name="a")  # acts on the weight, which both paths read
+    adapter = at.adapt(model, at.IA3(), on="*.out_proj|*.dt_proj", name="a")  # acts on the weight, which all paths read
     for parameter in adapter.parameters():
         parameter.data.add_(1.0)
     mixer = model.backbone.layers[0].mixer
     assert torch.allclose(mixer.out_proj.weight, 2 * mixer.out_proj._parameters["weight"])
-    assert not torch.allclose(model(ids).logits, before)
+    after = model(ids).logits
+    assert not torch.allclose(after, before)
+    adapter.merge()
+    assert torch.allclose(model(ids).logits, after, atol=1e-5)

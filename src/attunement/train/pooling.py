@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ class PooledForSequenceClassification(PreTrainedModel):
     def __init__(self, config: PreTrainedConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config) if backbone is None else backbone
-        self.head = nn.Linear(config.hidden_size, config.num_labels)
+        self.head = nn.Linear(self.backbone.config.hidden_size, config.num_labels)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         self.head.to(self.backbone.dtype)
@@ -39,7 +41,7 @@ class PooledForSequenceClassification(PreTrainedModel):
             self.post_init()
 
     @classmethod
-    def from_backbone(cls, path: str, pooling: str = "mean", scale: float = 20.0, **kwargs):
+    def from_backbone(cls, path: str, pooling: str = "mean", scale: float = 20.0, **kwargs: Any) -> Any:
         """The pretrained backbone at `path` (a folder or a hub id) under a new head.
 
         `num_labels`, `id2label` and `label2id` go to the configuration, everything else to `from_pretrained`.
@@ -50,16 +52,18 @@ class PooledForSequenceClassification(PreTrainedModel):
         return cls(config, AutoModel.from_pretrained(path, config=config, **kwargs))
 
     @classmethod
-    def from_pretrained(cls, path: str, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """A model that `save_pretrained` wrote, as `attune merge` does."""
-        return super().from_pretrained(path, *args, **{"config": AutoConfig.from_pretrained(path)} | kwargs)
+        if "config" not in kwargs:
+            kwargs["config"] = AutoConfig.from_pretrained(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
+        input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,

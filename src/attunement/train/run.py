@@ -9,6 +9,7 @@ runs/banking/checkpoint-N/     to resume from
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from attunement.train.section import read
 if TYPE_CHECKING:
     from datasets import Dataset
     from rich.console import Console
-    from torch import nn
+    from transformers import PreTrainedModel
 
     from attunement.adapter import Adapter
     from attunement.train.trainer import Trainer
@@ -35,7 +36,7 @@ class Run:
     """A recipe made real: its model, adapter, processor and encoded rows."""
 
     recipe: Recipe
-    model: nn.Module
+    model: PreTrainedModel
     adapter: Adapter
     processor: Any
     splits: dict[str, Any]
@@ -157,7 +158,8 @@ def train(
     finally:
         bar.close()
         interrupt.restore()
-    metrics = {s: figures(trainer.evaluate(run.splits[s])) for s in ("eval", "test") if s in run.splits}
+    asked = [split for split in ("eval", "test") if split in run.splits]
+    metrics = {split: figures(trainer.evaluate(run.splits[split])) for split in asked}
     if first:
         run.save(metrics)
     return metrics
@@ -277,7 +279,7 @@ def figures(metrics: dict[str, float]) -> dict[str, float]:
     clock = ("runtime", "_per_second", "preparation_time", "epoch")
     kept = {k.removeprefix("eval_"): v for k, v in metrics.items() if not k.endswith(clock)}
     if "token_accuracy" in kept:
-        kept["perplexity"] = float(2.718281828459045 ** kept["loss"])
+        kept["perplexity"] = math.exp(kept["loss"])
     return kept
 
 

@@ -17,8 +17,7 @@ from attunement.train.section import Section
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import nn
-    from transformers import EvalPrediction
+    from transformers import EvalPrediction, PreTrainedModel
 
 IGNORED = -100  # the label that every loss of transformers leaves out
 
@@ -80,7 +79,7 @@ class Task(Section):
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    def model(self, base: Base, processor: Any) -> nn.Module:
+    def model(self, base: Base, processor: Any) -> PreTrainedModel:
         """The base with the head that the task needs, freshly initialised."""
         raise NotImplementedError
 
@@ -102,7 +101,7 @@ class Task(Section):
         """The figures of an evaluation."""
         return {}
 
-    def answers(self, model: nn.Module, rows: Dataset, processor: Any, batch_size: int) -> list[dict[str, Any]]:
+    def answers(self, model: PreTrainedModel, rows: Dataset, processor: Any, batch_size: int) -> list[dict[str, Any]]:
         """One plain dictionary per row: what the model says of it."""
         logits = _logits(model, self.encode(rows, processor, "rows"), self.collator(processor), batch_size)
         return [self.answer(row) for row in logits]
@@ -124,12 +123,11 @@ class _Text(Task):
 
     roles: ClassVar[dict[str, bool]] = {"text": True, "text_pair": False, "label": True}
 
-    def _model(self, base: Base, processor: Any, **labels: Any) -> nn.Module:
+    def _model(self, base: Base, processor: Any, **labels: Any) -> PreTrainedModel:
         from transformers import AutoModelForSequenceClassification
 
         if self.pooling == "model":
-            make = AutoModelForSequenceClassification.from_pretrained
-            model = base.load(make, **base.options(), **labels)
+            model = base.load(AutoModelForSequenceClassification.from_pretrained, **base.options(), **labels)
         else:
             from attunement.train.pooling import PooledForSequenceClassification
 
@@ -161,7 +159,7 @@ class Classification(_Text):
     def resolved(self, train: Dataset, where: str) -> Classification:
         return self.model_copy(update={"labels": tuple(label_names(train, self.labels, where))})
 
-    def model(self, base: Base, processor: Any) -> nn.Module:
+    def model(self, base: Base, processor: Any) -> PreTrainedModel:
         return self._model(base, processor, **_label_config(self.labels))
 
     def encode(self, table: Dataset, processor: Any, where: str) -> Dataset:
@@ -185,7 +183,7 @@ class Regression(_Text):
     metric: ClassVar[str] = "pearson"
     greater_is_better: ClassVar[bool] = True
 
-    def model(self, base: Base, processor: Any) -> nn.Module:
+    def model(self, base: Base, processor: Any) -> PreTrainedModel:
         model = self._model(base, processor, num_labels=1)
         model.config.problem_type = "regression"
         return model
@@ -207,10 +205,10 @@ class Regression(_Text):
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         got, wanted = np.asarray(prediction.predictions).reshape(-1), np.asarray(prediction.label_ids).reshape(-1)
         flat = got.std() == 0 or wanted.std() == 0  # no correlation is defined
-        rank = [np.argsort(np.argsort(values)) for values in (got, wanted)]
+        rank = np.stack([np.argsort(np.argsort(values)) for values in (got, wanted)])
         return {
             "pearson": 0.0 if flat else float(np.corrcoef(got, wanted)[0, 1]),
-            "spearman": 0.0 if flat else float(np.corrcoef(*rank)[0, 1]),
+            "spearman": 0.0 if flat else float(np.corrcoef(rank)[0, 1]),
             "rmse": float(np.sqrt(np.mean((got - wanted) ** 2))),
         }
 
@@ -229,7 +227,7 @@ class CausalLM(Task):
 
     roles: ClassVar[dict[str, bool]] = {"prompt": False, "completion": False, "messages": False, "text": False}
 
-    def model(self, base: Base, processor: Any) -> nn.Module:
+    def model(self, base: Base, processor: Any) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM
 
         return base.load(AutoModelForCausalLM.from_pretrained, **base.options())
@@ -273,7 +271,8 @@ class CausalLM(Task):
         def tokens(until: int, ask: bool = False) -> list[int]:
             return tokenizer.apply_chat_template(messages[:until], add_generation_prompt=ask, return_dict=False)
 
-        ids, labels = tokens(len(messages)), []
+        ids = tokens(len(messages))
+        labels: list[int] = []
         for i, message in enumerate(messages):
             if message.get("role") != "assistant":
                 continue
@@ -302,10 +301,10 @@ class CausalLM(Task):
         return logits.argmax(-1)  # (batch, tokens): the logits themselves would fill the memory
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        said, wanted = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+        said, wanted = np.asarray(prediction.predictions)[:, :-1], np.asarray(prediction.label_ids)[:, 1:]
         return {"token_accuracy": float((said == wanted)[wanted != IGNORED].mean())}
 
-    def answers(self, model: nn.Module, rows: Dataset, processor: Any, batch_size: int) -> list[dict[str, Any]]:
+    def answers(self, model: PreTrainedModel, rows: Dataset, processor: Any, batch_size: int) -> list[dict[str, Any]]:
         role = next((role for role in ("messages", "prompt", "text") if role in rows.column_names), None)
         if role is None:
             raise AttunementError(
@@ -351,7 +350,7 @@ class ImageClassification(Task):
 
         return base.load(AutoImageProcessor.from_pretrained, revision=base.revision)
 
-    def model(self, base: Base, processor: Any) -> nn.Module:
+    def model(self, base: Base, processor: Any) -> PreTrainedModel:
         from transformers import AutoModelForImageClassification
 
         labels = _label_config(self.labels)
@@ -433,7 +432,7 @@ def _image(value: Any, where: str) -> Any:
 
 
 @torch.inference_mode()
-def _logits(model: nn.Module, rows: Dataset, collator: Any, batch_size: int) -> Iterable[torch.Tensor]:
+def _logits(model: PreTrainedModel, rows: Dataset, collator: Any, batch_size: int) -> Iterable[torch.Tensor]:
     """Logits of every row in the order of the rows; batches are made of rows of like length."""
     model.eval()
     device = next(model.parameters()).device

@@ -77,13 +77,18 @@ class Trainer(transformers.Trainer):
         quantised = getattr(model, "is_quantized", False) and bool(at.adapters(model)) if model is not None else False
         if quantised:
             model._hf_peft_config_loaded = True  # type: ignore[union-attr]
+        if model is not None:
+            self.adapted: nn.Module = model
         try:
             super().__init__(model, *args, **kwargs)
         finally:
             if quantised:
                 model._hf_peft_config_loaded = False  # type: ignore[union-attr]
-        self.adapted = model
         self.add_callback(_BeforeStep(self))
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        self.adapted = super().call_model_init(trial)
+        return self.adapted
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         check_trains(self.adapted)
@@ -91,7 +96,10 @@ class Trainer(transformers.Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            chosen = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args,
+                self.model,  # type: ignore[arg-type]
+            )
             make, options = chosen
             if {"params", "model", "optimizer_dict"} & set(options):
                 raise AttunementError(
@@ -103,19 +111,25 @@ class Trainer(transformers.Trainer):
             self.optimizer = make(groups, **options)
         return self.optimizer
 
-    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
-            penalty = sum(adapter.penalty() for adapter in trained_adapters(self.adapted).values())
             # A loss that is already a share of the whole accumulated batch is not divided again by the trainer.
-            whole = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
+            whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             steps = self.current_gradient_accumulation_steps if whole or self.compute_loss_func is not None else 1
-            loss = loss + penalty / steps
+            for adapter in trained_adapters(self.adapted).values():
+                loss = loss + adapter.penalty() / steps
         return (loss, outputs) if return_outputs else loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The trained adapters and the tokenizer; never the base."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir or ".")
         save_adapters(self.adapted, folder, writes=self.args.should_save)
         if self.args.should_save and self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
@@ -126,7 +140,7 @@ class Trainer(transformers.Trainer):
         load_adapters(self.adapted, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        load_adapters(self.adapted, Path(self.state.best_model_checkpoint))
+        load_adapters(self.adapted, Path(str(self.state.best_model_checkpoint)))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
@@ -135,11 +149,11 @@ class Trainer(transformers.Trainer):
         # `transformers` would write the whole sharded model beside the optimizer
         plugin = self.accelerator.state.fsdp_plugin
         save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
-        if self.args.should_save:
+        if self.args.should_save and self.lr_scheduler is not None:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        rows = self.train_dataset  # `train_dataset` is the same without the columns that the model does not read
+        rows: Any = self.train_dataset  # `train_dataset` is the same without the columns that the model does not read
         grouped = getattr(self.args, "train_sampling_strategy", "random") == "group_by_length"
         column = self.args.length_column_name
         if grouped and column in getattr(rows, "column_names", ()):
