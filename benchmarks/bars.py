@@ -45,6 +45,12 @@ class Result:
     def met(self) -> bool:
         return (self.low if self.reach else self.ratio) <= self.limit
 
+    @property
+    def verdict(self) -> str:
+        """ "met" or "missed"; "unsure" besides where the limit lies inside the interval."""
+        unsure = not self.reach and self.low <= self.limit < self.high
+        return ("met" if self.met else "missed") + (", unsure" if unsure else "")
+
 
 def timed(bar: str, limit: float, cases: dict[str, Case], seconds: float, reach: bool = False) -> Result:
     """The result of a comparison by time. A case "bare" makes it one of overheads over the bare model."""
@@ -114,7 +120,7 @@ def one_token(seconds: float) -> Iterator[Result]:
             with torch.no_grad():
                 model(input_ids=ids, use_cache=False)
 
-        return Case(run, calls=10)
+        return Case(run, calls=4)
 
     cases = {"bare": forward(bare), "ours": forward(ours), "peft": forward(theirs)}
     yield timed("one token, overhead over the bare model", 0.5, cases, seconds)

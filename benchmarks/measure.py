@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -75,7 +74,7 @@ def ratio_of(times: Mapping[str, np.ndarray], draws: int = 4000) -> tuple[float,
     picks = np.random.default_rng(0).integers(len(ours), size=(draws, len(ours)))  # (draws, rounds)
     a, b, c = (np.median(t[picks], axis=1) for t in (ours, theirs, bare))  # (draws,)
     low, high = np.percentile((a - c) / (b - c), (2.5, 97.5))
-    own, other = median(ours) - median(bare), median(theirs) - median(bare)
+    own, other = (float(np.median(t) - np.median(bare)) for t in (ours, theirs))
     return own, other, own / other, float(low), float(high)
 
 

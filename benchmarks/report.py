@@ -33,7 +33,7 @@ def amount(value: float, unit: str) -> str:
 def cells(result: Result) -> tuple[str, ...]:
     interval = "exact" if result.low == result.high else f"{result.low:.2f} - {result.high:.2f}"
     figures = (amount(result.ours, result.unit), amount(result.peft, result.unit), f"{result.ratio:.2f}x")
-    return (result.bar, *figures, interval, f"{result.limit:.2f}x", "met" if result.met else "missed")
+    return (result.bar, *figures, interval, f"{result.limit:.2f}x", result.verdict)
 
 
 def show(results: Sequence[Result]) -> None:
@@ -44,7 +44,9 @@ def show(results: Sequence[Result]) -> None:
     for result in results:
         table.add_row(*cells(result), style="green" if result.met else "red")
     console = Console()
-    console.print(table, width=None if console.is_terminal else 120)
+    if not console.is_terminal:
+        console.width = 120
+    console.print(table)
 
 
 def write(name: str, results: Sequence[Result]) -> None:

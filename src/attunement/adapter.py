@@ -468,6 +468,8 @@ def passed_over(model: nn.Module, method: Method, site: Site) -> str | None:
     parent = model.get_submodule(above)
     if not child or child not in children_read(base_of(type(parent))):
         return None
+    if isinstance(parent, nn.TransformerEncoderLayer):  # a hook turns its fast path off: see Bench
+        return None
     site.called = False  # what can act on the weight acts there
     if weight_form(method) is not None and site.parameter is not None:
         return None

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from attunement.compose import Active, Average, Rows, Stack, Weighted
 from attunement.errors import AttunementError
 from attunement.method import WEIGHT_FORMS, Method, Tagged, is_additive, product, reads_weight, weight_form
-from attunement.site import PLAIN, LinearLayout, QuantisedLayout, Site, apply_chain, base_of, working_dtype
+from attunement.site import LINEAR, PLAIN, LinearLayout, QuantisedLayout, Site, base_of, working_dtype
 
 FORMS = (*WEIGHT_FORMS, "bias", "output", "input", "penalty", "carried")
 
@@ -62,11 +62,17 @@ class Part:
         self.common = () if shared is None else (shared,)
         names = [*tensors, *(name for part in self.common for name in part.state_dict())]
         self.takes = {form: taken(method, form, names) for form in FORMS if hasattr(method, form)}
+        # where the tensors of factors that do not read W stand, in the order of the expression: (holder, own, name)
+        self.direct: tuple[tuple[nn.Module, bool, str], ...] = ()
         self.form = method.form(site)
         self.weight_form = weight_form(method) if site.parameter is not None else None
         self.reads_weight = reads_weight(method)
         self.additive = self.weight_form is not None and is_additive(method)
         self.dropout = float(getattr(method, "dropout", 0.0))
+        if self.weight_form == "factors" and not self.reads_weight:
+            wanted = _named_parameters(type(method), "factors")  # type: ignore[arg-type]
+            owners = {name: h for h in (self.holder, *self.common) for name in (*h._parameters, *h._buffers)}
+            self.direct = tuple((owners[n], n in owners[n]._parameters, n) for n in (wanted or ())[2:] if n in owners)
         self.taps = method.reads_input() and site.place.entry is not None
         self.entered: Tensor | None = None  # x, between the sublayer's entry and its exit
 
@@ -368,6 +374,7 @@ class Plan:
         self.taps: tuple[Part, ...] = ()
         self.layout: Any = None
         self.channels = -1
+        self.plain = False  # the parameter is the matrix, and the module a Linear
         self.once = False  # the forward reads a parameter many times (a loop over experts)
 
     def parameter(self, module: nn.Module, name: str, base: Any) -> Any:
@@ -481,14 +488,25 @@ class BesidePlan(Plan):
         )
 
     def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        # spelt out rather than called: a small model's forward is mostly the price of calls
         x = args[0] if args else next(iter(kwargs.values()))
-        held = module._parameters
-        y = self.layout.call(module, x, held["weight"], held["bias"])
+        held, dtype = module._parameters, x.dtype
+        W = held["weight"]
+        y = F.linear(x, W, held["bias"]) if self.plain else self.layout.call(module, x, W, held["bias"])
         for part, gain in self.terms:
-            chain = part.chain(module, x.dtype)
+            if part.direct and self.plain:
+                values = [(h._parameters if own else h._buffers)[name] for h, own, name in part.direct]
+                links = part.method.factors(W, *values)  # type: ignore[attr-defined]
+            else:
+                links = part.chain(module, dtype)
             if gain is not None:
-                chain = (chain[0], gain, *chain[1:])
-            y = y + apply_chain(part.dropped(x, module.training) if part.dropout else x, chain)
+                links = (links[0], gain, *links[1:])
+            z = F.dropout(x, part.dropout) if part.dropout and module.training else x
+            for link in reversed(links):
+                if link.dtype is not dtype:
+                    link = link.to(dtype)
+                z = F.linear(z, link) if link.dim() == 2 else z * link
+            y = y + z
         return y
 
 
@@ -665,6 +683,7 @@ def _plan_of(
             plan.parameters[place] = node
     if BesidePlan.fits(plan):
         plan.__class__ = BesidePlan
+        plan.plain = plan.layout is LINEAR
     if not plan.parameters and plan.terms is plan.beside is plan.enters is plan.leaves is None and not plan.taps:
         return None
     return plan
