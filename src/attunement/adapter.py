@@ -465,7 +465,9 @@ def _matrices_under(structure: Anatomy, place: Place) -> list[Place]:
 def passed_over(model: nn.Module, method: Method, site: Site) -> str | None:
     """Why a method cannot act on a module whose weight its parent reads instead of calling it (Mamba's mixer), or None."""
     above, _, child = site.name.rpartition(".")
-    parent = model.get_submodule(above)
+    parent = model
+    for word in above.split(".") if above else ():
+        parent = parent._modules[word]  # type: ignore[assignment]
     if not child or child not in children_read(base_of(type(parent))):
         return None
     if isinstance(parent, nn.TransformerEncoderLayer):  # a hook turns its fast path off: see Bench
@@ -641,10 +643,12 @@ def _placed(tensors: Mapping[str, Tagged], site: Site) -> dict[str, Tagged]:
     hook = site.module.__dict__.get("_hf_hook")  # offloaded weights rest on "meta" and come to this device to run
     device = getattr(hook, "execution_device", None) if near.is_meta and hook is not None else near.device
     dtype = working_dtype(near)
-    return {
-        name: Tagged(kind, value.detach().to(device, dtype if value.is_floating_point() else None))
-        for name, (kind, value) in tensors.items()
-    }
+    placed = {}
+    for name, (kind, value) in tensors.items():
+        wanted = dtype if value.is_floating_point() else value.dtype
+        fits = value.dtype is wanted and value.device == device and not value.requires_grad
+        placed[name] = Tagged(kind, value if fits else value.detach().to(device, wanted))
+    return placed
 
 
 # --- the active set ---

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import dataclass_transform
 
 from attunement.errors import AttunementError, nearest
@@ -60,7 +60,8 @@ Tensors = Mapping[str, Tensor | Tagged]
 
 def kaiming(*shape: int, generator: torch.Generator | None = None) -> Tensor:
     """Uniform in ±1/sqrt(last size), float32: `kaiming_uniform_(a=sqrt(5))`, the start of `nn.Linear` and of LoRA's A."""
-    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
+    bound = 1 / math.sqrt(shape[-1]) if shape[-1] else 0.0
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 class Method:

@@ -46,10 +46,12 @@ class Bench:
     def add(self, adapter: Adapter) -> None:
         name = adapter.name
         if not self.adapters:
-            for parameter_name, parameter in self.model.named_parameters():
-                self.frozen[parameter_name] = parameter.requires_grad
-                parameter.requires_grad_(False)
-            self.watch_recomputation()
+            for path, module in self.model.named_modules():
+                self._watch(module)
+                for word, parameter in module._parameters.items():
+                    if parameter is not None:
+                        self.frozen.setdefault(f"{path}.{word}" if path else word, parameter.requires_grad)
+                        parameter.requires_grad_(False)
         for number, group in enumerate(adapter.groups_):
             if group.shared is not None:  # a Sequential or a list would run or count it
                 listing = isinstance(self.model, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
@@ -97,9 +99,12 @@ class Bench:
     def watch_recomputation(self) -> None:
         """Let every layer that recomputes its activations do so under the active set of its forward."""
         for module in self.model.modules():
-            kept = module.__dict__.get("_gradient_checkpointing_func")
-            if kept is not None and not isinstance(kept, Recompute):
-                module._gradient_checkpointing_func = Recompute(kept, self)  # type: ignore[assignment]
+            self._watch(module)
+
+    def _watch(self, module: nn.Module) -> None:
+        kept = module.__dict__.get("_gradient_checkpointing_func")
+        if kept is not None and not isinstance(kept, Recompute):
+            module._gradient_checkpointing_func = Recompute(kept, self)  # type: ignore[assignment]
 
     def _fast_layers(self, adapter: Adapter) -> Iterator[nn.Module]:
         """Encoder layers that would read weights past an adapted output; a hook legally turns that path off."""
