@@ -392,10 +392,10 @@ def _group(
     group = Group(method, selection if isinstance(selection, str) else getattr(selection, "__name__", "predicate"), [])
     inside = tuple(f"{name}." for name in heads)
     for place in places:
-        if not explicit and (place.name in heads or (place.name.startswith(inside) and inside)):
-            continue
         for site in sites_of(structure, method, place):
             if isinstance(site, Site):
+                if not explicit and (site.name in heads or (inside and site.name.startswith(inside))):
+                    continue  # a task head is trained as a whole
                 reason = method.refuse(site) or passed_over(structure.model, method, site)
                 if reason is None:
                     group.sites.append(site)

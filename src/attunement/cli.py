@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,14 +111,22 @@ def train(
     from attunement.train.progress import Interrupted
     from attunement.train.recipe import load
     from attunement.train.run import train as train_run
+    from attunement.train.trainer import last_checkpoint
 
     described = load(recipe, overrides or [])
     first = os.environ.get("RANK", "0") == "0"
+    shown = console if first else Console(quiet=True)
     try:
-        metrics = train_run(described, console if first else Console(quiet=True), resume, overwrite)
-    except Interrupted:
-        command = " ".join(["attune train", str(recipe), *(overrides or []), "--resume"])
-        console.print(f"\nStopped and saved. Go on with: [bold]{command}[/]", highlight=False)
+        metrics = train_run(described, shown, resume, overwrite)
+    except KeyboardInterrupt as stopped:
+        command = shlex.join(["attune", "train", str(recipe), *(overrides or []), "--resume"])
+        if isinstance(stopped, Interrupted):
+            said = "Stopped and saved. Go on with: "
+        elif last_checkpoint(Path(str(described.output))) is not None:
+            said = "Stopped. Go on from the last checkpoint with: "
+        else:
+            said, command = "Stopped before there was a checkpoint.", ""
+        shown.print(Text.assemble(f"\n{said}", (command, "bold")), soft_wrap=True)
         raise typer.Exit(130) from None
     if first:
         show_metrics(metrics)
@@ -229,6 +238,3 @@ def main() -> None:
     except AttunementError as error:
         errors.print(Text(str(error), style="red"), soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print(Text("Stopped.", style="red"))
-        sys.exit(130)

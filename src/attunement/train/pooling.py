@@ -33,7 +33,7 @@ class PooledForSequenceClassification(PreTrainedModel):
     def __init__(self, config: PreTrainedConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
         self.backbone = AutoModel.from_config(config) if backbone is None else backbone
-        self.head = nn.Linear(self.backbone.config.hidden_size, config.num_labels)
+        self.head = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         self.head.to(self.backbone.dtype)

@@ -76,6 +76,11 @@ class Bar(transformers.TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
 
+    def say(self, what: str) -> None:
+        """`what` in front of the bar, drawn at its next turn."""
+        if self.bar is not None:
+            self.bar.update(self.task, description=what)
+
     def close(self) -> None:
         """Leave the bar as it stands."""
         if self.bar is not None and self.console.is_terminal:
@@ -93,8 +98,8 @@ class SaveOnInterrupt(transformers.TrainerCallback):
     Not in distributed runs, whose processes would stop at different steps: there the last checkpoint is what remains.
     """
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, bar: Bar) -> None:
+        self.bar, self.asked = bar, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size == 1:
@@ -102,6 +107,7 @@ class SaveOnInterrupt(transformers.TrainerCallback):
 
     def _ask(self, *_: Any) -> None:
         self.asked = True
+        self.bar.say("stopping after this step")  # drawn by the bar's own thread: a handler must not print
         self.restore()
 
     def restore(self) -> None:

@@ -151,15 +151,16 @@ def train(
         console.print(
             f"Going on from [bold]{checkpoint}[/]." if checkpoint else "No checkpoint yet: starting from the beginning."
         )
-    bar, interrupt = Bar(console, run.recipe.task.metric), SaveOnInterrupt()
+    bar = Bar(console, run.recipe.task.metric)
+    interrupt = SaveOnInterrupt(bar)
     trainer = run.trainer(callbacks=[bar, interrupt])
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         bar.close()
         interrupt.restore()
-    asked = [split for split in ("eval", "test") if split in run.splits]
-    metrics = {split: figures(trainer.evaluate(run.splits[split])) for split in asked}
+    measured: list[str] = [split for split in ("eval", "test") if split in run.splits]
+    metrics = {split: figures(trainer.evaluate(run.splits[split])) for split in measured}
     if first:
         run.save(metrics)
     return metrics

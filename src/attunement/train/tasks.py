@@ -203,12 +203,17 @@ class Regression(_Text):
         return encoded.add_column("labels", values)
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        from scipy.stats import rankdata
+
         got, wanted = np.asarray(prediction.predictions).reshape(-1), np.asarray(prediction.label_ids).reshape(-1)
         flat = got.std() == 0 or wanted.std() == 0  # no correlation is defined
-        rank = np.stack([np.argsort(np.argsort(values)) for values in (got, wanted)])
+
+        def correlation(a: np.ndarray, b: np.ndarray) -> float:
+            return 0.0 if flat else float(np.asarray(np.corrcoef(a, b))[0, 1])
+
         return {
-            "pearson": 0.0 if flat else float(np.corrcoef(got, wanted)[0, 1]),
-            "spearman": 0.0 if flat else float(np.corrcoef(rank)[0, 1]),
+            "pearson": correlation(got, wanted),
+            "spearman": correlation(rankdata(got), rankdata(wanted)),
             "rmse": float(np.sqrt(np.mean((got - wanted) ** 2))),
         }
 
@@ -304,7 +309,7 @@ class CausalLM(Task):
         said, wanted = np.asarray(prediction.predictions)[:, :-1], np.asarray(prediction.label_ids)[:, 1:]
         return {"token_accuracy": float((said == wanted)[wanted != IGNORED].mean())}
 
-    def answers(self, model: PreTrainedModel, rows: Dataset, processor: Any, batch_size: int) -> list[dict[str, Any]]:
+    def answers(self, model: Any, rows: Dataset, processor: Any, batch_size: int) -> list[dict[str, Any]]:
         role = next((role for role in ("messages", "prompt", "text") if role in rows.column_names), None)
         if role is None:
             raise AttunementError(
