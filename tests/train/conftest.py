@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import csv
 import random
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from attunement import cli
+from attunement.train.recipe import Recipe
+from attunement.train.run import train
+from attunement.train.section import read
 
 WORDS = [
     "good",
@@ -73,7 +81,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=3,
         pad_token_id=0,
     )
-    return saved(transformers.LlamaForCausalLM(config), tokenizer(causal=True), tmp_path_factory.mktemp("llama"))
+    model = transformers.LlamaForCausalLM(config)
+    model.lm_head.weight.data.mul_(50)  # fresh, it is so small that no adapter below it could make any token certain
+    return saved(model, tokenizer(causal=True), tmp_path_factory.mktemp("llama"))
 
 
 def saved(model: transformers.PreTrainedModel, processor: object, folder: Path) -> Path:
@@ -90,33 +100,74 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-@pytest.fixture
-def sentences(tmp_path: Path) -> Path:
-    """96 sentences of unlike lengths; one word decides the label."""
+def words(folder: Path) -> Path:
+    """192 sentences of unlike lengths; one word decides the label."""
     draw = random.Random(0)
     rows = []
-    for i in range(96):
+    for i in range(192):
         word = draw.choice(WORDS[:3] if i % 2 else WORDS[3:6])
-        around = draw.choices(WORDS[6:], k=draw.randint(1, 9))
+        around = draw.choices(WORDS[6:], k=draw.randint(1, 4))
         around.insert(draw.randrange(len(around) + 1), word)
         rows.append({"text": " ".join(around), "label": "up" if i % 2 else "down"})
-    return write(tmp_path / "sentences.csv", rows)
+    return write(folder / "sentences.csv", rows)
 
 
-@pytest.fixture
-def recipe(tmp_path: Path, bert: Path, sentences: Path) -> dict:
-    """Plain data of a recipe that runs in a second or two."""
+def plain(folder: Path, model: Path) -> dict:
+    """Plain data of a recipe that runs in a second or two: 144 rows to train on, 18 steps an epoch."""
     return {
-        "model": str(bert),
-        "data": {"train": str(sentences), "holdout": 0.25},
+        "model": str(model),
+        "data": {"train": str(words(folder)), "holdout": 0.25},
         "task": {"kind": "classification", "pooling": "mean"},
         "adapter": {"method": "lora", "rank": 4, "on": "attention.{query,value}"},
         "training": {
-            "num_train_epochs": 2,
+            "num_train_epochs": 1,
             "per_device_train_batch_size": 8,
             "learning_rate": 0.01,
             "logging_steps": 1,
             "use_cpu": True,
         },
-        "output": str(tmp_path / "run"),
+        "output": str(folder / "run"),
     }
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, bert: Path) -> dict:
+    return plain(tmp_path, bert)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Path:
+    """The folder of a run that has learned its task; to be read, not written."""
+    values = plain(tmp_path_factory.mktemp("trained"), bert)
+    values["training"] |= {"num_train_epochs": 8}
+    train(read(Recipe, values, "recipe"), Console(quiet=True))
+    return Path(values["output"])
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> dict:
+    """A recipe of two epochs, 36 steps, with dropout, that was run without a stop."""
+    values = plain(tmp_path_factory.mktemp("straight"), bert)
+    values["training"] |= {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 10, "eval_strategy": "no"}
+    values["training"] |= {"load_best_model_at_end": False}
+    train(read(Recipe, values, "recipe"), Console(quiet=True))
+    return values
+
+
+@pytest.fixture
+def attune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command in this process: exit code, what it printed, what it complained of."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["attune", *map(str, arguments)])
+        monkeypatch.setattr(cli, "console", Console(width=160))
+        monkeypatch.setattr(cli, "errors", Console(stderr=True, width=160))
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as left:
+            code = left.code
+        said = capsys.readouterr()
+        return int(str(code or 0)), said.out, said.err
+
+    return call

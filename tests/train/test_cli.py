@@ -3,49 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-import yaml
 from safetensors.torch import load_file
 
 import attunement as at
-from attunement import cli
 from attunement.train.recipe import load as load_recipe
 from attunement.train.run import load as load_run
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
-
-
-@pytest.fixture
-def attune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs the command in this process: exit code, what it printed, what it complained of."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["attune", *map(str, arguments)])
-        monkeypatch.setattr(cli, "console", cli.Console(width=160))
-        monkeypatch.setattr(cli, "errors", cli.Console(stderr=True, width=160))
-        try:
-            code = cli.main()
-        except SystemExit as left:
-            code = left.code
-        said = capsys.readouterr()
-        return int(code or 0), said.out, said.err
-
-    return call
-
-
-@pytest.fixture
-def trained(attune, recipe: dict, tmp_path: Path) -> Path:
-    file = tmp_path / "words.yaml"
-    file.write_text(yaml.safe_dump(recipe))
-    code, said, errors = attune("train", file, "training.num_train_epochs=10", "training.learning_rate=0.03")
-    assert code == 0, errors
-    assert "accuracy" in said
-    return Path(recipe["output"])
 
 
 def test_help_is_quick_and_names_every_command(attune) -> None:
@@ -84,13 +53,14 @@ def test_schema_is_json(attune) -> None:
     assert "adapter" in json.loads(attune("schema")[1])["properties"]
 
 
-def test_eval_and_predict(attune, trained: Path, sentences: Path, tmp_path: Path) -> None:
-    _, said, _ = attune("eval", trained, "--data", sentences)
+def test_eval_and_predict(attune, trained: Path, tmp_path: Path) -> None:
+    rows = trained.parent / "sentences.csv"
+    _, said, _ = attune("eval", trained, "--data", rows)
     assert "accuracy" in said
     _, said, _ = attune("predict", trained, "a great film", "the awful plot", "--json")
     assert [json.loads(line)["label"] for line in said.splitlines()] == ["up", "down"]
-    _, said, _ = attune("predict", trained, "--file", sentences, "--out", tmp_path / "out" / "answers.jsonl")
-    assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 96
+    _, said, _ = attune("predict", trained, "--file", rows, "--out", tmp_path / "out" / "answers.jsonl")
+    assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 192
 
 
 @pytest.mark.parametrize(
@@ -109,12 +79,20 @@ def test_a_refusal_is_one_sentence(attune, arguments: list[str], sentence: str) 
 
 
 def test_merge_and_export_give_the_same_answers(attune, trained: Path, tmp_path: Path) -> None:
+    import peft
+
     from attunement.train.pooling import PooledForSequenceClassification
 
     run = load_run(trained)
-    asked = run.processor(["a great film"], return_tensors="pt")
+    asked = run.processor(["a great film", "the awful plot was bad"], padding=True, return_tensors="pt")
+
+    def fresh() -> transformers.PreTrainedModel:
+        torch.manual_seed(1)  # another head than that of the run
+        return run.recipe.task.model(run.recipe.model, run.processor).eval()
+
     with torch.no_grad():
         expected = run.model(**asked).logits
+        assert (fresh()(**asked).logits - expected).abs().max() > 0.1
         code, _, errors = attune("merge", trained, "--out", tmp_path / "merged")
         assert code == 0, errors
         merged = PooledForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
@@ -124,9 +102,11 @@ def test_merge_and_export_give_the_same_answers(attune, trained: Path, tmp_path:
         for to in ("peft", "lora"):
             code, _, errors = attune("export", trained, "--to", to, "--out", tmp_path / to)
             assert code == 0, errors
-            fresh = run.recipe.task.model(run.recipe.model, run.processor).eval()
-            at.load(fresh, tmp_path / to)
-            torch.testing.assert_close(fresh(**asked).logits, expected, rtol=1e-4, atol=1e-4)
+            ours = fresh()
+            at.load(ours, tmp_path / to)
+            torch.testing.assert_close(ours(**asked).logits, expected, rtol=1e-4, atol=1e-4)
+            theirs = peft.PeftModel.from_pretrained(fresh(), tmp_path / to).eval()
+            torch.testing.assert_close(theirs(**asked).logits, expected, rtol=1e-4, atol=1e-4)
     code, _, errors = attune("export", trained, "--to", "pft", "--out", tmp_path / "x")
     assert (code, "nearest: 'peft'" in errors) == (2, True)
     code, _, errors = attune("merge", trained, "--out", tmp_path / "merged")

@@ -63,6 +63,20 @@ def test_checkpoints_hold_the_adapter_alone_and_resume(tmp_path: Path) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in adapter.state().items())
 
 
+def test_a_model_made_by_model_init(tmp_path: Path) -> None:
+    def made() -> transformers.PreTrainedModel:
+        adapted = model()
+        at.adapt(adapted, at.LoRA(rank=2))
+        return adapted
+
+    trainer = at.Trainer(args=arguments(tmp_path), model_init=made, train_dataset=rows())
+    trainer.train()
+    saved = load_file(tmp_path / "checkpoint-4" / "adapter" / "adapter.safetensors")
+    state = at.adapters(trainer.model)["default"].state()
+    assert all(torch.equal(value, saved[name]) for name, value in state.items())
+    assert any(value.any() for name, value in state.items() if name.endswith(".B"))
+
+
 def test_the_best_adapter_is_loaded_at_the_end(tmp_path: Path) -> None:
     adapted = model()
     adapter = at.adapt(adapted, at.LoRA(rank=2))

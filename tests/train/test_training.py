@@ -8,32 +8,38 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
 import attunement as at
+from attunement.train.progress import Bar
 from attunement.train.recipe import Recipe
 from attunement.train.run import load, predict_folder, prepare, train
 from attunement.train.section import read
+from attunement.train.tasks import Regression
+from attunement.train.trainer import last_checkpoint
 
 QUIET = Console(quiet=True)
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+Attune = Callable[..., tuple[int, str, str]]
 
 
 def run(values: dict, **options: bool) -> dict:
     return train(read(Recipe, values, "recipe"), QUIET, **options)
 
 
-def attune(*arguments: object, launcher: Sequence[str] = (), **options: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, *launcher, "-m", "attunement", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, check=False, **options)
+def python(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Another process, with as many threads as this one: how many there are decides the last bits of a sum."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "COLUMNS": "200"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
 def written(values: dict, folder: Path) -> Path:
@@ -50,16 +56,15 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_run_learns_and_is_asked(recipe: dict) -> None:
-    metrics = run(recipe | {"training": recipe["training"] | {"num_train_epochs": 10, "learning_rate": 0.03}})
-    assert metrics["eval"]["accuracy"] > 0.9
-    _, answers = predict_folder(Path(recipe["output"]), ["a great film", "the awful plot"], None)
+def test_a_run_learns_and_is_asked(trained: Path) -> None:
+    assert json.loads((trained / "metrics.json").read_text())["eval"]["accuracy"] > 0.9
+    _, answers = predict_folder(trained, ["a great film", "the awful plot"], None)
     assert [answer["label"] for answer in answers] == ["up", "down"]
-    assert load(recipe["output"]).recipe.task.labels == ("down", "up")
+    assert load(trained).recipe.task.labels == ("down", "up")
 
 
 def test_the_base_is_never_written(recipe: dict) -> None:
-    run(recipe | {"training": recipe["training"] | {"num_train_epochs": 1}})
+    run(recipe)
     folder = Path(recipe["output"])
     kept = {str(path.relative_to(folder).name) for path in folder.rglob("*") if path.is_file()}
     assert not kept & {"model.safetensors", "pytorch_model.bin", "training_args.bin"}
@@ -68,9 +73,9 @@ def test_the_base_is_never_written(recipe: dict) -> None:
 
 @pytest.mark.parametrize("pooling", ["model", "cls"])
 def test_other_poolings_train(recipe: dict, pooling: str) -> None:
-    training = recipe["training"] | {"num_train_epochs": 1}
+    training = recipe["training"] | {"num_train_epochs": 5, "learning_rate": 0.03}
     metrics = run(recipe | {"task": {"kind": "classification", "pooling": pooling}, "training": training})
-    assert metrics["eval"]["accuracy"] >= 0.4
+    assert metrics["eval"]["accuracy"] > 0.8
 
 
 def test_mean_pooling_does_not_see_padding(recipe: dict) -> None:
@@ -92,8 +97,18 @@ def test_regression(recipe: dict, tmp_path: Path) -> None:
     assert metrics["eval"]["rmse"] < 0.3
 
 
+def test_equal_values_share_a_rank() -> None:
+    pairs = transformers.EvalPrediction(
+        predictions=np.array([[1.0], [2.0], [3.0]]), label_ids=np.array([0.0, 0.0, 1.0])
+    )
+    assert Regression().metrics(pairs)["spearman"] == pytest.approx(3**0.5 / 2)
+    swapped = transformers.EvalPrediction(predictions=np.array([[2.0], [1.0], [3.0]]), label_ids=pairs.label_ids)
+    assert Regression().metrics(swapped)["spearman"] == pytest.approx(3**0.5 / 2)
+
+
 def test_causal_lm(recipe: dict, llama: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": f"{i % 10} film was", "completion": "very good"} for i in range(64)]
+    """One of three tokens depends on the prompt: a model that does not read it stays above 2 ** (1 / 3) = 1.26."""
+    rows = [{"prompt": f"film {i % 10} was", "completion": f"very {'good' if i % 2 else 'bad'}"} for i in range(64)]
     (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
     change = {
         "model": str(llama),
@@ -101,17 +116,17 @@ def test_causal_lm(recipe: dict, llama: Path, tmp_path: Path) -> None:
         "task": "causal-lm",
         "adapter": {"method": "lora"},
     }
-    training = recipe["training"] | {"num_train_epochs": 8, "learning_rate": 0.03}
+    training = recipe["training"] | {"num_train_epochs": 12, "learning_rate": 0.03}
     metrics = run(recipe | change | {"training": training})
-    assert metrics["eval"]["token_accuracy"] > 0.9
+    assert metrics["eval"]["token_accuracy"] == 1.0
+    assert 1.0 < metrics["eval"]["perplexity"] < 1.1
     assert metrics["eval"]["perplexity"] == pytest.approx(math.exp(metrics["eval"]["loss"]))
-    _, answers = predict_folder(Path(recipe["output"]), ["3 film was"], None)
-    assert answers[0]["completion"] == "very good"
+    _, answers = predict_folder(Path(recipe["output"]), ["film 3 was", "film 8 was"], None)
+    assert [answer["completion"] for answer in answers] == ["very good", "very bad"]
 
 
 def test_image_classification(recipe: dict, tmp_path: Path) -> None:
     import datasets
-    import transformers
 
     image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
     config = transformers.ViTConfig(
@@ -132,39 +147,86 @@ def test_image_classification(recipe: dict, tmp_path: Path) -> None:
     assert answers[0]["label"] == "red"
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(recipe: dict, tmp_path: Path) -> None:
+KILLED_AT_STEP_25 = """
+import os, signal, sys
+from attunement import cli
+from attunement.train.progress import Bar
+
+def on_step_end(self, args, state, control, **kwargs):
+    if state.global_step == 25:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Bar.on_step_end = on_step_end
+cli.main()
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(attune: Attune, straight: dict, tmp_path: Path) -> None:
     """Killed in its second epoch: dropout, the order of rows and the schedule all go on as they were."""
-    training = recipe["training"] | {
-        "num_train_epochs": 3,
-        "save_strategy": "steps",
-        "save_steps": 5,
-        "eval_strategy": "no",
-    }
-    training |= {"load_best_model_at_end": False}
-    straight = recipe | {"training": training, "output": str(tmp_path / "straight")}
-    run(straight)
+    folder = tmp_path / "run"
+    file = written(straight | {"output": str(folder)}, tmp_path)
+    killed = python("-c", KILLED_AT_STEP_25, "train", file)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert last_checkpoint(folder) == folder / "checkpoint-20"
+    assert not (folder / "adapter").exists()
 
-    file = written(recipe | {"training": training}, tmp_path)
-    command = [sys.executable, "-m", "attunement", "train", str(file)]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoint = Path(recipe["output"]) / "checkpoint-15" / "trainer_state.json"
-    until = time.monotonic() + 240
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.002)
-    assert checkpoint.exists()
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (Path(recipe["output"]) / "adapter").exists()
+    code, said, errors = attune("train", file, "--resume")
+    assert code == 0, errors
+    assert f"Going on from {folder / 'checkpoint-20'}" in said.replace("\n", "")
+    assert same(final(folder), final(straight["output"]))
 
-    done = attune("train", file, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert "Going on from" in done.stdout
-    assert same(final(recipe["output"]), final(straight["output"]))
+    attune("train", file, "--resume")  # of a run that was done
+    assert same(final(folder), final(straight["output"]))
+
+
+def test_control_c_saves_and_says_how_to_go_on(
+    attune: Attune, straight: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    file = written(straight | {"output": str(folder)}, tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(self: Bar, args: object, state: transformers.TrainerState, control: object, **_: object) -> None:
+        if state.global_step == 23:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bar, "on_step_end", interrupt)
+        code, said, errors = attune("train", file)
+    assert (code, errors) == (130, "")
+    assert said.endswith(f"\nStopped and saved. Go on with: attune train {file} --resume\n")
+    assert last_checkpoint(folder) == folder / "checkpoint-23"
+    assert signal.getsignal(signal.SIGINT) is before
+    code, _, errors = attune("train", file, "--resume")
+    assert code == 0, errors
+    assert same(final(folder), final(straight["output"]))
+
+
+def test_a_second_control_c_stops_at_once(
+    attune: Attune, straight: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    file = written(straight | {"output": str(folder)}, tmp_path)
+
+    def interrupt(self: Bar, args: object, state: transformers.TrainerState, control: object, **_: object) -> None:
+        if state.global_step == stop:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Bar, "on_step_end", interrupt)
+    stop = 5
+    code, said, errors = attune("train", file)
+    assert (code, errors) == (130, "")
+    assert said.endswith("\nStopped before there was a checkpoint.\n")
+    assert last_checkpoint(folder) is None
+    stop = 15
+    code, said, errors = attune("train", file, "--resume")
+    assert (code, errors) == (130, "")
+    assert said.endswith(f"\nStopped. Go on from the last checkpoint with: attune train {file} --resume\n")
+    assert last_checkpoint(folder) == folder / "checkpoint-10"
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    from attunement.train.trainer import last_checkpoint
-
     for number, text in ((5, "{}"), (10, '{"epoch'), (15, None)):
         folder = tmp_path / f"checkpoint-{number}"
         folder.mkdir()
@@ -173,28 +235,9 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
 
 
-def test_control_c_saves_and_says_how_to_go_on(recipe: dict, tmp_path: Path) -> None:
-    training = recipe["training"] | {"num_train_epochs": 60, "eval_strategy": "no", "load_best_model_at_end": False}
-    file = written(recipe | {"training": training}, tmp_path)
-    command = [sys.executable, "-m", "attunement", "train", str(file)]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    folder = Path(recipe["output"])
-    until = time.monotonic() + 240
-    while not list(folder.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    said, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert f"attune train {file} --resume" in said
-    assert "Traceback" not in errors
-    done = attune("train", file, "training.num_train_epochs=60", "--resume")
-    assert done.returncode == 0, done.stderr
-    assert (folder / "adapter" / "adapter.safetensors").exists()
-
-
 def test_two_processes_train_one_adapter(recipe: dict, tmp_path: Path) -> None:
     """The same global batches as one process, so the same weights up to rounding; dropout off, or they would differ."""
-    training = recipe["training"] | {"num_train_epochs": 1, "eval_strategy": "no", "load_best_model_at_end": False}
+    training = recipe["training"] | {"eval_strategy": "no", "load_best_model_at_end": False}
     training |= {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 4, "optim": "sgd"}
     training |= {"length_column_name": "length"}
     config = Path(recipe["model"])
@@ -207,8 +250,8 @@ def test_two_processes_train_one_adapter(recipe: dict, tmp_path: Path) -> None:
     (model / "config.json").write_text(json.dumps(settings))
     values = recipe | {"model": str(model), "training": training}
     file = written(values, tmp_path)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = attune("train", file, launcher=launcher)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "attunement")
+    done = python(*launch, "train", file)
     assert done.returncode == 0, done.stderr[-3000:]
 
     alone = values | {"training": training | {"per_device_train_batch_size": 8}, "output": str(tmp_path / "alone")}
@@ -220,19 +263,21 @@ def test_two_processes_train_one_adapter(recipe: dict, tmp_path: Path) -> None:
 
 
 def test_two_runs_are_not_mixed(recipe: dict) -> None:
-    short = recipe | {"training": recipe["training"] | {"num_train_epochs": 1}}
-    run(short)
+    folder = Path(recipe["output"])
+    folder.mkdir()
+    written(recipe, folder)
     with pytest.raises(at.AttunementError, match=r"already holds a run: --resume .* --overwrite"):
-        run(short)
+        run(recipe)
     with pytest.raises(at.AttunementError, match=r"began with adapter\.rank=4, now it is 8"):
-        run(short | {"adapter": recipe["adapter"] | {"rank": 8}}, resume=True)
-    run(short, overwrite=True)
+        run(recipe | {"adapter": recipe["adapter"] | {"rank": 8}}, resume=True)
+    run(recipe | {"adapter": recipe["adapter"] | {"rank": 8}}, overwrite=True)
+    assert load(folder).recipe.adapter["rank"] == 8
 
 
-def test_bad_rows_are_refused_before_anything_is_written(recipe: dict, tmp_path: Path) -> None:
+def test_bad_rows_are_refused_before_anything_is_written(attune: Attune, recipe: dict, tmp_path: Path) -> None:
     bad = tmp_path / "bad.csv"
     bad.write_text("text,label\nthe film,up\n,down\n")
-    done = attune("train", written(recipe | {"data": {"train": str(bad), "holdout": 0}}, tmp_path))
-    assert done.returncode == 2
-    assert done.stderr.strip() == f"{bad}: row 2 has no text in the column of the role 'text' (it is None)"
+    code, _, errors = attune("train", written(recipe | {"data": {"train": str(bad), "holdout": 0}}, tmp_path))
+    assert code == 2
+    assert errors == f"{bad}: row 2 has no text in the column of the role 'text' (it is None)\n"
     assert not Path(recipe["output"]).exists()
