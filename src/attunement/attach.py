@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attunement.compose import Active, Average, Rows, Stack, Weighted
+from attunement.compose import Active, Average, Rows, Stack, Weighted, names_in
 from attunement.errors import AttunementError
-from attunement.method import WEIGHT_FORMS, Method, Tagged, is_additive, product, reads_weight, weight_form
+from attunement.method import WEIGHT_FORMS, Method, Tagged, is_additive, product, reads_weight, split, weight_form
 from attunement.site import LINEAR, PLAIN, LinearLayout, QuantisedLayout, Site, base_of, working_dtype
 
 FORMS = (*WEIGHT_FORMS, "bias", "output", "input", "penalty", "carried")
@@ -503,8 +503,8 @@ class BesidePlan(Plan):
                 links = (links[0], gain, *links[1:])
             z = F.dropout(x, part.dropout) if part.dropout and module.training else x
             for link in reversed(links):
-                if link.dtype is not dtype:
-                    link = link.to(dtype)
+                if link.dtype is not z.dtype:
+                    link = link.to(z.dtype)
                 z = F.linear(z, link) if link.dim() == 2 else z * link
             y = y + z
         return y
@@ -615,8 +615,6 @@ class RowsPlan:
 
     def _pair(self, module: Any, plan: Plan | None, x: Tensor) -> tuple[Tensor, Tensor]:
         """One plan's change as A (r, in) and B (out, r)."""
-        from attunement.method import split
-
         if plan is None:
             out, inputs = self.layout.size(module, "weight")
             return x.new_zeros(0, inputs), x.new_zeros(out, 0)
@@ -650,7 +648,7 @@ def plan_of(
 def _plan_of(
     module: nn.Module, active: Active, held: Mapping[str, Sequence[Part]], taps: Sequence[tuple[str, Part]]
 ) -> Plan | None:
-    names = set(_names(active))
+    names = set(names_in(active))
     here = {name: parts for name, parts in held.items() if name in names}
     plan = Plan(module)
     plan.taps = tuple(part for name, part in taps if name in names)
@@ -687,12 +685,6 @@ def _plan_of(
     if not plan.parameters and plan.terms is plan.beside is plan.enters is plan.leaves is None and not plan.taps:
         return None
     return plan
-
-
-def _names(active: Active) -> Iterable[str]:
-    from attunement.compose import names_in
-
-    return names_in(active)
 
 
 def _runs_beside(node: Node) -> bool:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from attunement.adapter import Adapter, Group, attach, build, check_name, output_site, passed_over
+from attunement.adapter import Adapter, Group, attach, build, check_name, output_site, passed_over, whole
 from attunement.anatomy import Place, RowView
 from attunement.errors import AttunementError, nearest
 from attunement.method import Method, method_from, split
@@ -53,6 +53,8 @@ def save(adapter: Adapter, path: str | PathLike[str], format: str = "attunement"
         )
     text = json.dumps(describe(adapter), indent=1)
     tensors = {key: tensor.contiguous() for key, tensor in adapter.state().items()}
+    if any(hasattr(p, "placements") for p in adapter.parameters()) and torch.distributed.get_rank() != 0:
+        return  # every process took part in gathering the shards; one of them writes
     write_atomically(folder, tensors, {"attunement": text}, {DESCRIPTION: text}, TENSORS)
 
 
@@ -71,11 +73,13 @@ def write_atomically(
             (draft / word).write_text(text, encoding="utf-8")
         for file in draft.iterdir():
             _sync(file)
-        if folder.exists():
-            for word in (name, *texts):
-                os.replace(draft / word, folder / word)
-        else:
+        try:
             os.rename(draft, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            for word in (name, *texts):  # the adapter before stands there, or another process was faster
+                os.replace(draft / word, folder / word)
         _sync(folder.parent)
     except OSError as error:
         raise AttunementError(f"save: {str(folder)!r} could not be written: {error.strerror or error}") from error
@@ -158,12 +162,7 @@ def _sampled(values: Tensor) -> list[float]:
     if not flat.numel() or flat.is_meta:
         return []
     where = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).long()
-    return [float(f"{value:.7g}") for value in whole_values(flat, where).tolist()]
-
-
-def whole_values(flat: Tensor, where: Tensor) -> Tensor:
-    flat = flat.full_tensor() if hasattr(flat, "full_tensor") else flat
-    return flat[where.to(flat.device)]
+    return [float(f"{value:.7g}") for value in whole(flat)[where.to(flat.device)].tolist()]
 
 
 def _check_base(adapter: Adapter, saved: Mapping[str, Any], strict: bool) -> None:

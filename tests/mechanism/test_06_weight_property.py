@@ -260,7 +260,7 @@ def test_parametrized_modules_are_adapted_or_refused():
 
 def test_modules_with_flat_weights_are_refused_by_name():
     """nn.LSTM hands its weights to one fused call: nothing can stand in for them."""
-    model = nn.ModuleDict({"lstm": nn.LSTM(8, 8), "out": nn.Linear(8, 8)})
+    model = nn.ModuleDict({"lstm": nn.LSTM(8, 8), "inner": nn.Linear(8, 8), "out": nn.Linear(8, 8)})
     seen = look(model)
     with pytest.raises(at.AttunementError, match="lstm"):
         at.adapt(model, at.LoRA(rank=2), on="lstm")
