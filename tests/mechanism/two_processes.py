@@ -325,7 +325,7 @@ def main() -> None:
     torch.set_num_threads(1)
     results, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
     chosen = sys.argv[3:] or list(CASES)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=40))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=150))
     found = {}
     for name in chosen:
         torch.manual_seed(0)

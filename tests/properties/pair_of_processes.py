@@ -62,7 +62,7 @@ def check(sample, kind: str) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=150))
     found = {}
     for sample in SAMPLES:
         for kind in ("ddp", "fsdp"):

@@ -23,7 +23,7 @@ def found(tmp_path_factory):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
         check=False,
     )
     return {"": done.stderr[-3000:], **(json.loads(results.read_text()) if results.exists() else {})}

@@ -87,7 +87,7 @@ def run(console: Console, method: str, epochs: float, out: Path) -> None:
     console.print("[dim]Loading MiniLM (22.7 M parameters) and banking77 (13,083 questions, 77 intents) ...[/]")
     made = prepare(described)
     rows = made.splits["test"]
-    made.splits["eval"] = rows.select(range(0, len(rows), 8))  # the curve looks at every eighth test question
+    made.splits["eval"] = rows.select(range(0, len(rows), 16))  # the curve looks at every sixteenth test question
 
     console.print(Rule("the model, and where the adapter sits", align="left"))
     console.print(at.anatomy(made.model).tree(sites_of(made.adapter)))
@@ -96,8 +96,9 @@ def run(console: Console, method: str, epochs: float, out: Path) -> None:
     console.print(Rule("training", align="left"))
     bar = Bar(console, "accuracy")
     trainer = made.trainer(callbacks=[bar], eval_strategy="steps", eval_steps=0.125)
-    before = figures(trainer.evaluate(rows))["accuracy"]
-    console.print(f"accuracy on the {len(rows):,} test questions before: [bold]{before:.1%}[/]")
+    sample = rows.select(range(0, len(rows), 4))  # an untrained head is as good as chance on any of them
+    before = figures(trainer.evaluate(sample))["accuracy"]
+    console.print(f"accuracy on {len(sample):,} of the test questions before: [bold]{before:.1%}[/]")
     trained = time.monotonic()
     trainer.train()
     trained = time.monotonic() - trained
