@@ -49,7 +49,7 @@ def elsewhere(tmp_path_factory):
         [sys.executable, str(HERE / "fresh_process.py"), str(folder)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"": done.stderr[-3000:]}
