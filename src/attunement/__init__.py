@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from attunement import recipes
-from attunement.adapter import Adapter, adapt, adapters, detach, use, using
+from attunement.adapter import Adapter, adapters, detach, use, using
+from attunement.adapting import adapt
 from attunement.anatomy import anatomy
 from attunement.compose import Average, Rows, Stack, Sum, Weighted
 from attunement.convert import to_lora

@@ -171,8 +171,9 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if module not in seen:
             seen.add(module)
             yield path, module
-            prefix = f"{path}." if path else ""
-            waiting += [(prefix + key, child) for key, child in reversed(module._modules.items()) if child is not None]
+            if children := module._modules:
+                prefix = f"{path}." if path else ""
+                waiting += [(prefix + key, child) for key, child in reversed(children.items()) if child is not None]
 
 
 class _Node:

@@ -7,6 +7,7 @@ the user had chosen. Masks are made from the model's own config, as before.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -18,14 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attunement.anatomy import Anatomy, Place
-from attunement.attach import ATTENTION, Part
 from attunement.errors import AttunementError
 from attunement.heads import attention_in, head_width
 from attunement.method import Method
+from attunement.part import Part
 from attunement.sequence import counted, first_position, named
 from attunement.site import OPAQUE, Site, base_of, layout_of
 
 KNOWN = ("eager", "sdpa")
+ATTENTION = "attuned"
+"""The name in transformers' registry of the function that asks plans."""
 
 
 class AttentionSite(Site):
@@ -197,6 +200,13 @@ def attuned(
         return out  # type: ignore[no-any-return]
 
     return plan.attends.after(run, attend)(query, key, value), weights[0]
+
+
+def attuned_config(module: nn.Module) -> Any:
+    """A copy of the config of an attention, under which it finds the function that asks plans."""
+    config = copy.copy(module.__dict__["config"])
+    config._attn_implementation_internal = ATTENTION
+    return config
 
 
 def attention_extras(base: type, _: Callable[..., Any]) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from attunement.anatomy import CONTAINER, Anatomy, Place
-from attunement.attach import Group, Part
 from attunement.attention import AttentionPart, attention_site
 from attunement.errors import AttunementError
 from attunement.heads import introduce
 from attunement.method import Method, is_additive, weight_form
 from attunement.method import method as method_named
 from attunement.network import NetworkPart, network_site
+from attunement.part import Group, Part
 from attunement.selection import select
 from attunement.sequence import SequencePart, sequence_site
 from attunement.site import OPAQUE, PLAIN, READ_ONLY, Site, base_of, children_read, layout_of

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attunement.adapter import Adapter, attach, build, check_name
-from attunement.attach import Group
+from attunement.adapter import Adapter
+from attunement.adapting import attach, build, check_name
 from attunement.errors import AttunementError
 from attunement.merging import unmergeable
 from attunement.method import method as method_named
 from attunement.method import split
+from attunement.part import Group
 from attunement.site import Site
 
 

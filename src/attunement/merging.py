@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from attunement.attach import Part
 from attunement.errors import AttunementError
+from attunement.part import Part
 from attunement.root import bench_of
 from attunement.site import NormLayout, base_of, owners_of, working_dtype
 

@@ -28,7 +28,7 @@ from attunement.errors import AttunementError, nearest, wanted
 
 if TYPE_CHECKING:
     from attunement.adapter import Adapter
-    from attunement.attach import Part
+    from attunement.part import Part
     from attunement.site import Site
     from attunement.statistics import Need, Statistics
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from attunement.anatomy import Anatomy, Place
-from attunement.attach import Part
 from attunement.attention import AttentionSite, attention_site
 from attunement.errors import AttunementError
 from attunement.method import Method
 from attunement.narrow import narrowed
+from attunement.part import Part
 from attunement.sequence import named
 from attunement.site import OPAQUE, Site
 

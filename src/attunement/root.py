@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from attunement.anatomy import CONTAINER, walk
-from attunement.attach import Acting, Part, exchange, restore
+from attunement.attach import exchange, restore
 from attunement.attention import attention_extras
 from attunement.compose import Active, Rows, checked, names_in
 from attunement.errors import AttunementError
-from attunement.rows import RowsPlan, generate_rows, plan_of, run_rows
+from attunement.part import Part
+from attunement.plan import Acting
+from attunement.rows import RowsPlan, generate_rows, rows_plan_of, run_rows
 
 if TYPE_CHECKING:
     from attunement.adapter import Adapter
@@ -163,7 +165,7 @@ class Bench:
                     modules[id(module)] = module
                     if id(part) not in gone:
                         held.setdefault(id(module), {}).setdefault(name, []).append((part, does))
-        plans = [plan_of(m, tree, held.get(i, {})) for i, m in modules.items()]
+        plans = [rows_plan_of(m, tree, held.get(i, {})) for i, m in modules.items()]
         self.elsewhere = any(isinstance(plan, RowsPlan) and plan.elsewhere for plan in plans)
         for module, plan in zip(modules.values(), plans, strict=True):
             object.__setattr__(module, "_attuned_plan", plan)

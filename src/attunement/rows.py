@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attunement import attach
-from attunement.attach import Acting, Plan
 from attunement.compose import Active, Rows, checked
 from attunement.errors import AttunementError
 from attunement.method import split
+from attunement.plan import Acting, Plan, plan_of
 from attunement.site import LinearLayout, QuantisedLayout, base_of
 
 if TYPE_CHECKING:
@@ -33,12 +32,12 @@ class RowsElsewhere(Exception):  # noqa: N818 - a signal to the root's forward, 
     """A site cannot tell which row of the batch it serves: the model has to run once per distinct adapter."""
 
 
-def plan_of(module: nn.Module, active: Active, held: Mapping[str, Sequence[Acting]]) -> Plan | RowsPlan | None:
-    """The plan of one module for any active set; see `attach.plan_of`."""
+def rows_plan_of(module: nn.Module, active: Active, held: Mapping[str, Sequence[Acting]]) -> Plan | RowsPlan | None:
+    """The plan of one module for any active set; see `plan.plan_of`."""
     if not isinstance(active, Rows):
-        return attach.plan_of(module, active, held)
+        return plan_of(module, active, held)
     distinct = list(dict.fromkeys(active.items))
-    plans = [attach.plan_of(module, item, held) for item in distinct]
+    plans = [plan_of(module, item, held) for item in distinct]
     if all(plan is None for plan in plans):
         return None
     return RowsPlan(module, plans, [distinct.index(item) for item in active.items])

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from attunement.anatomy import Anatomy, Place
-from attunement.attach import Part
 from attunement.errors import AttunementError
 from attunement.method import Method
+from attunement.part import Part
 from attunement.site import OPAQUE, Site, base_of
 
 

@@ -53,12 +53,12 @@ class Layout:
         return False
 
     def call(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The module's function with another weight and bias."""
-        raise NotImplementedError
+        """The module's function with another weight and bias; of layouts that know it."""
+        raise TypeError(f"{type(self).__name__} does not know what {type(module).__name__} computes")
 
     def beside(self, module: Any, x: Tensor, chain: Sequence[Tensor]) -> Tensor:
-        """What the weight that a chain of factors is would give, without forming it."""
-        raise NotImplementedError
+        """What the weight that a chain of factors is would give, without forming it; of layouts that know it."""
+        raise TypeError(f"{type(self).__name__} does not know what {type(module).__name__} computes")
 
     def absorb(self, W: Tensor, shift: Tensor) -> Tensor | None:
         """W with a shift of the output folded in, where the layout can; else the shift needs a bias."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -17,22 +18,23 @@ from torch import Tensor, nn
 
 from attunement.errors import AttunementError, nearest
 from attunement.site import ConvLayout, LinearLayout, QuantisedLayout, Site, working_dtype
+from attunement.subspace import singular
 
 State = dict[str, Tensor]
 """What a need keeps between batches; empty before the first."""
 
 
 @dataclass(frozen=True)
-class Need:
+class Need(ABC):
     """One thing to gather. Subclasses say how a batch is added and what is made of it at the end."""
 
     name: ClassVar[str] = ""
     of_gradient: ClassVar[bool] = False
     """Whether `add` gets the gradient of the loss by the weight, (..., out, in), instead of inputs (tokens, in)."""
 
+    @abstractmethod
     def add(self, state: State, given: Tensor) -> None:
         """Take in what one batch gives: inputs (tokens, in), or a gradient."""
-        raise NotImplementedError
 
     def value(self, state: State) -> Any:
         """What a method reads as `statistics[name]`."""
@@ -110,14 +112,12 @@ class Components(Need):
             mean = state["mean"] - apart * (tokens / (seen + tokens))
             shift = (seen * tokens / (seen + tokens)) ** 0.5 * apart
             X = torch.vstack([state["singular"][:, None] * before, X, shift.to(X.dtype)])
-        singular, directions = _svd(X, count)
-        largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))  # (k, 1)
-        directions = directions * largest.sign()
+        _, values, directions = singular(X, count)
         kept = torch.zeros(count, dtype=torch.bool, device=given.device)
         if before is not None:
             kept = torch.cosine_similarity(directions, before) >= self.tau
-        share = singular.square() / spread.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        state.update(directions=directions, singular=singular, share=share, kept=kept, mean=mean, spread=spread)
+        share = values.square() / spread.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        state.update(directions=directions, singular=values, share=share, kept=kept, mean=mean, spread=spread)
         state["tokens"] = torch.tensor(seen + tokens)
 
     def value(self, state: State) -> Found:
@@ -127,19 +127,6 @@ class Components(Need):
 
     def settled(self, state: State) -> bool:
         return bool(state) and bool(state["kept"][: self.watched].all())
-
-
-def _svd(X: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest singular values and right singular vectors: exact, or by random projection where X is large."""
-    wanted, sketch = min(count, *X.shape), 2 * count
-    if sketch >= min(X.shape):
-        _, singular, Vh = torch.linalg.svd(X, full_matrices=False)
-    else:
-        with torch.random.fork_rng(devices=[X.device] if X.is_cuda else []):
-            torch.manual_seed(42)
-            _, singular, V = torch.svd_lowrank(X, q=sketch, niter=4)
-        Vh = V.mT
-    return singular[:wanted], Vh[:wanted]
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from attunement.adapter import Adapter, attach, build, check_name
+from attunement.adapter import Adapter
+from attunement.adapting import attach, build, check_name
 from attunement.anatomy import Anatomy, Place, RowView, anatomy
-from attunement.attach import Group
 from attunement.choosing import passed_over, site_of
 from attunement.errors import AttunementError, nearest
 from attunement.method import Method, method_from
+from attunement.part import Group
 from attunement.site import Site, whole
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     from attunement import __version__
 
     config = getattr(adapter.model, "config", None)
+    paths = {module: path for path, module in adapter.model.named_modules()}
     origin = str(getattr(config, "_name_or_path", "") or "")
     local = os.path.isabs(origin) or Path(origin).is_dir()  # its name says what it is, its place nothing to others
     return {
@@ -124,7 +126,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
                         "stack": site.stack,
                         "view": site.view,
                         "transposed": site.place.transposed,
-                        "entry": _path_of(adapter.model, site.place.entry),
+                        "entry": None if site.place.entry is None else paths[site.place.entry],
                     }
                     for site in (part.site for part in group.parts)
                 ],
@@ -134,10 +136,6 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "fingerprint": fingerprint(adapter),
         "metrics": adapter.metrics,
     }
-
-
-def _path_of(model: nn.Module, module: nn.Module | None) -> str | None:
-    return None if module is None else next(path for path, m in model.named_modules() if m is module)
 
 
 # --- which base an adapter belongs to ---
@@ -345,7 +343,10 @@ def _site(model: nn.Module, method: Method, said: Mapping[str, Any], structure: 
 
 
 def _module(model: nn.Module, path: str) -> nn.Module:
-    modules = dict(model.named_modules())
-    if path not in modules:
-        raise AttunementError(f"load: this {type(model).__name__} has no module {path!r}{nearest(path, modules)}")
-    return modules[path]
+    module: Any = model
+    for word in path.split(".") if path else ():
+        module = module._modules.get(word)
+        if module is None:
+            known = dict(model.named_modules())
+            raise AttunementError(f"load: this {type(model).__name__} has no module {path!r}{nearest(path, known)}")
+    return module  # type: ignore[no-any-return]

@@ -46,11 +46,13 @@ def test_with_and_without_a_cache_the_words_are_the_same(name, wanted):
         assert not torch.allclose(logits(model, text(name)), changed, atol=1e-3)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", GENERATING)
+# a decoder adds words behind pads on the right, where the base alone differs too
+PADDED = [(name, side) for name in GENERATING for side in ("left", "right")
+          if side == "left" or name not in ("llama", "gpt2", "mistral")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "side"), PADDED)
 def test_pads_change_no_word(name, side):
-    if side == "right" and name in ("llama", "gpt2", "mistral"):
-        pytest.skip("words are added behind the pads, and the base alone differs too")
     model, given = prefixed(name), text(name)
     found = words(model, name, given, do_sample=False)
     assert torch.equal(words(model, name, padded(name, given, side), do_sample=False), found)

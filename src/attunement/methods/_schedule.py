@@ -13,7 +13,7 @@ from attunement.site import Site
 
 if TYPE_CHECKING:
     from attunement.adapter import Adapter
-    from attunement.attach import Part
+    from attunement.part import Part
 
 Block = tuple[str, int]
 

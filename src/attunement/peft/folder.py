@@ -25,7 +25,7 @@ from attunement.site import whole as gathered
 
 if TYPE_CHECKING:
     from attunement.adapter import Adapter
-    from attunement.attach import Part
+    from attunement.part import Part
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -62,7 +62,7 @@ def load(model: nn.Module, path: str | PathLike[str], name: str = "default", tra
         AttunementError: for a PEFT type or an option without a counterpart here, for modules that the model does not
             have, and for tensors that do not fit.
     """
-    from attunement.adapter import attach, build, check_name
+    from attunement.adapting import attach, build, check_name
     from attunement.choosing import chosen
 
     check_name(model, name)

@@ -14,7 +14,7 @@ from attunement.errors import AttunementError
 from attunement.method import Method
 
 if TYPE_CHECKING:
-    from attunement.attach import Part
+    from attunement.part import Part
 
 Config = Mapping[str, Any]
 Named = Mapping[str, Tensor]

@@ -19,7 +19,7 @@ from attunement.methods.low_rank.lora import LoRA
 from attunement.peft.format import Config, Format, Named, number, one, own, patterned, said, transposed
 
 if TYPE_CHECKING:
-    from attunement.attach import Part
+    from attunement.part import Part
 
 
 def _read_lora(config: Config, module: str, layer: nn.Module, tensors: Named) -> tuple[Method, Named]:

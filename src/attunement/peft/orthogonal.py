@@ -20,7 +20,7 @@ from attunement.methods.orthogonal.osf import OSF
 from attunement.peft.format import Config, Format, Named, most, one
 
 if TYPE_CHECKING:
-    from attunement.attach import Part
+    from attunement.part import Part
 
 # --- HRA ---
 

@@ -26,7 +26,7 @@ from attunement.methods.spectral.waveft import WaveFT
 from attunement.peft.format import Config, Format, Named, number, one, patterned, plain, said, transposed
 
 if TYPE_CHECKING:
-    from attunement.attach import Part
+    from attunement.part import Part
 
 Parts = Mapping[str, "Part"]
 

@@ -25,7 +25,7 @@ from attunement.methods.selective.train import Train
 
 if TYPE_CHECKING:
     from attunement.adapter import Adapter
-    from attunement.attach import Part
+    from attunement.part import Part
 
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT")
 Read = tuple[dict[Any, Method | None], dict[str, Tensor]]

@@ -17,7 +17,7 @@ from attunement.methods.sparse.sparse import Sparse
 from attunement.peft.format import Config, Format, Named, most, one, own, transposed
 
 if TYPE_CHECKING:
-    from attunement.attach import Part
+    from attunement.part import Part
 
 # --- VeRA ---
 

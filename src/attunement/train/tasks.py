@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -99,9 +100,9 @@ class Task(Section):
             )
         return tokenizer
 
+    @abstractmethod
     def model(self, base: Base, processor: Any) -> PreTrainedModel:
         """The base with the head that the task needs, freshly initialised."""
-        raise NotImplementedError
 
     def recipe(self, model: Any, processor: Any, method: Any, on: str | None) -> tuple[Any, str | None]:
         """What `at.adapt` takes: the method and places that the recipe names, and what the task has to train beside."""
@@ -111,9 +112,9 @@ class Task(Section):
         """What a trainer reads of the encoded training rows. Raises `AttunementError` for a model that cannot."""
         return rows
 
+    @abstractmethod
     def encode(self, table: Dataset, processor: Any, where: str) -> Any:
         """Rows as model inputs, with labels where they have them; raises `AttunementError` for one it cannot use."""
-        raise NotImplementedError
 
     def collator(self, processor: Any) -> Any:
         """Rows to a batch, padded to its longest."""
@@ -134,9 +135,9 @@ class Task(Section):
         logits = _logits(model, self.encode(rows, processor, "rows"), self.collator(processor), batch_size)
         return [self.answer(row) for row in logits]
 
+    @abstractmethod
     def answer(self, logits: torch.Tensor) -> dict[str, Any]:
         """Logits (labels,) as a plain dictionary."""
-        raise NotImplementedError
 
 
 class _Text(Task):

@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput
 
 import attunement as at
 from attunement.errors import AttunementError
+from attunement.phases import become
 from attunement.root import bench_of
 from attunement.storage import TENSORS, describe, opened, rebuilt, write_atomically
 
@@ -400,7 +401,7 @@ def enter_phase(model: nn.Module, folder: Path) -> None:
             continue  # `load_adapters` says what is missing
         tensors, said = opened(place)
         if said["methods"] != json.loads(json.dumps(describe(adapter)["methods"])):
-            adapter.become(rebuilt(model, tensors, said, name))
+            become(adapter, rebuilt(model, tensors, said, name))
 
 
 def _number(path: Path) -> int:

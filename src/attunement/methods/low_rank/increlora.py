@@ -19,7 +19,7 @@ from attunement.site import Site, put, whole
 
 if TYPE_CHECKING:
     from attunement.adapter import Adapter
-    from attunement.attach import Part
+    from attunement.part import Part
 
 Decay = Annotated[float, Field(gt=0, lt=1)]
 ADVANCE = 1e-5  # the value of a direction in reserve

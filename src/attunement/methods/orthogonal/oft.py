@@ -16,7 +16,7 @@ from attunement.site import Site
 
 if TYPE_CHECKING:
     from attunement.adapter import Adapter
-    from attunement.attach import Part
+    from attunement.part import Part
 
 
 @register("orthogonal/oft", source="https://arxiv.org/abs/2306.07280")

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from attunement.method import Tensors, WeightMethod, register, seeded
 from attunement.site import Site
+from attunement.subspace import singular
 
 if TYPE_CHECKING:
-    from attunement.attach import Part
+    from attunement.part import Part
 
 
 @register("orthogonal/osf", source="https://arxiv.org/abs/2504.07097")
@@ -38,7 +39,7 @@ class OSF(WeightMethod):
     frozen: PositiveInt | Annotated[float, Field(gt=0, lt=1)] = 0.5
 
     def tensors(self, site: Site) -> Tensors:
-        U, S, Vh = (M.contiguous() for M in torch.linalg.svd(site.weight, full_matrices=False))
+        U, S, Vh = (M.contiguous() for M in singular(site.weight, min(site.outputs, site.inputs)))
         k, rows = self.kept(site), torch.contiguous_format
         return {
             "U": U[:, k:].clone(memory_format=rows),  # (out, m)

@@ -19,7 +19,7 @@ from attunement.site import Site
 
 if TYPE_CHECKING:
     from attunement.adapter import Adapter
-    from attunement.attach import Part
+    from attunement.part import Part
 
 Share = Annotated[float, Field(gt=0, le=1)]
 

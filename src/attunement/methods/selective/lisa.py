@@ -15,7 +15,7 @@ from attunement.site import Site
 
 if TYPE_CHECKING:
     from attunement.adapter import Adapter
-    from attunement.attach import Part
+    from attunement.part import Part
 
 
 @register("selective/lisa", source="https://arxiv.org/abs/2403.17919")

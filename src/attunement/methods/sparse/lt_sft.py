@@ -12,11 +12,12 @@ from torch import Tensor
 
 from attunement.errors import AttunementError
 from attunement.method import Method, ParameterMethod, Tensors, fixed, register
+from attunement.methods._entries import bare, integer, scattered
 from attunement.site import Site, whole
 
 if TYPE_CHECKING:
     from attunement.adapter import Adapter
-    from attunement.attach import Part
+    from attunement.part import Part
 
 
 @register("sparse/lt_sft", source="https://arxiv.org/abs/2110.07560")
@@ -52,8 +53,7 @@ class LTSFT(ParameterMethod):
     def tensors(self, site: Site) -> Tensors:
         if self.kept is None:
             return {"change": torch.zeros_like(site.weight)}  # the parameter's shape
-        count = self.kept[site.key]
-        return {"values": torch.zeros(count), "index": fixed(torch.zeros(count, dtype=_integer(site)))}  # (count,) each
+        return bare(site, self.kept[site.key])  # values and index, (count,) each
 
     def shared(self, sites: list[Site]) -> Tensors:
         weight = self.full_l1 if self.kept is None else self.sparse_l1
@@ -66,7 +66,7 @@ class LTSFT(ParameterMethod):
             return change
         assert values is not None
         assert index is not None
-        return values.new_zeros(_.numel()).scatter(0, index.long(), values).view(_.shape)
+        return scattered(values, index, _)
 
     def penalty(self, change: Tensor | None = None, values: Tensor | None = None, l1: Tensor | None = None) -> Tensor:
         moved = values if change is None else change
@@ -91,12 +91,8 @@ class LTSFT(ParameterMethod):
         return {
             part.site: (
                 method,
-                {"values": sizes[part].new_zeros(len(index)), "index": fixed(index.to(_integer(part.site)))},
+                {"values": sizes[part].new_zeros(len(index)), "index": fixed(index.to(integer(part.site.weight.numel())))},
             )
             for part, index in found.items()
             if len(index)
         }
-
-
-def _integer(site: Site) -> torch.dtype:
-    return torch.int32 if site.weight.numel() < 2**31 else torch.int64
