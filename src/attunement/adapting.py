@@ -142,6 +142,7 @@ def build(
                     raise AttunementError(f"adapt: {site.name}: {sealed}")
                 if any(type(p) is not nn.Parameter and hasattr(p, "placements") for p in module._parameters.values()):
                     raise AttunementError(f"adapt: {site.name} is sharded already; adapt before fully_shard")
+            site.among = group.sites
         shared = tagged(group.method.shared(group.sites))
         if shared:
             first = group.sites[0]

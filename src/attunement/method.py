@@ -175,7 +175,8 @@ class WeightMethod(Method):
     * `weight(W, **t) -> W'`: any new weight, (out, in), which enters the layer in place of its own.
 
     Name the first parameter `_` where the expression does not read W: it is then not computed, and may be quantised.
-    `bias(b, **t)` may accompany `weight`. W is a single matrix whatever the layer; the core maps over batches of them.
+    `bias(b, **t)` may accompany `weight`; it and `penalty(**t)` are given the base's W too where they name it.
+    W is a single matrix whatever the layer; the core maps over batches of them.
     """
 
     acts_on: ClassVar[str] = "matrix"

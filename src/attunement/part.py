@@ -75,6 +75,7 @@ class Part:
         self.takes = _takes(type(method), (*tensors, *self.holder._modules, *method.asks, *common))  # type: ignore[arg-type]
         # where the tensors of factors that do not read W stand, in the order of the expression: (holder, own, name)
         self.direct: tuple[tuple[nn.Module, bool, str], ...] = ()
+        self.reads_base = {form for form in ("bias", "penalty") if "W" in (_named_parameters(type(method), form) or ())}  # type: ignore[arg-type]
         self.form = method.form(site)
         self.weight_form = weight_form(method) if site.parameter is not None else None
         self.reads_weight = reads_weight(method)
@@ -153,6 +154,8 @@ class Part:
             values = {name: values[name] for name in wanted if name in values}
         if dtype is not None:
             values = {n: _cast(t, dtype) for n, t in values.items()}
+        if form in self.reads_base:
+            values["W"] = self.matrix(self.site.module)
         return values
 
     def chain(self, module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -228,7 +231,7 @@ class Part:
         values = self.values(form or self.weight_form or "", W.dtype)
         if not self.site.batch:
             return function(W, values)
-        dims = {name: 0 if name in self.kinds else None for name in values}
+        dims = {name: 0 if name in self.kinds or name == "W" else None for name in values}
         return torch.func.vmap(function, in_dims=(0, dims))(W, values)
 
     def dropped(self, x: Tensor, training: bool) -> Tensor:
@@ -284,6 +287,8 @@ def getattr_tensor(owner: nn.Module, name: str) -> Tensor:
 @functools.cache
 def _named_parameters(cls: type, form: str) -> tuple[str, ...] | None:
     """The names that an expression takes, or None where it takes any."""
+    if not hasattr(cls, form):
+        return None
     parameters = inspect.signature(getattr(cls, form)).parameters
     return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else tuple(parameters)
 

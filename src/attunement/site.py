@@ -289,8 +289,9 @@ class Site:
         head_width: of the attention that it belongs to, or that stands in its block; 0 where that is not known.
         between: what happens there to queries and keys before they meet, as the end of a sentence, or None.
         partners: the other matrices of its sublayer that have been asked for, by the last word of their role.
+        among: the sites of its method in this adapter, itself among them, in their order.
 
-    The last three are for methods that name `partners`.
+    `head_width`, `between` and `partners` are for methods that name `partners`.
     """
 
     def __init__(self, place: Place, parameter: str | None, layout: Layout, view: RowView | None = None) -> None:
@@ -312,6 +313,7 @@ class Site:
         self.between: str | None = None
         self.beside: dict[str, Site] = {}
         self.partners: dict[str, Site] = {}
+        self.among: Sequence[Site] = ()
         self._index: int | None = None
         self.inputs = self.outputs = 0
         if parameter is not None and (size := layout.size(place.module, parameter)) and len(size) >= 2:

@@ -1,11 +1,18 @@
-"""Trained numbers at random entries of a matrix, which follow from a seed and are not stored."""
+"""Trained numbers at some entries of a matrix: at random ones, which follow from a seed, or at those that score highest."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
-from attunement.method import Tensors, seeded
+import torch
+from torch import Tensor
+
+from attunement.errors import AttunementError
+from attunement.method import Tensors, fixed, seeded
 from attunement.site import Site
+
+K = TypeVar("K", bound=Hashable)
 
 
 def spectrum(site: Site, count: int, seed: int) -> Tensors:
@@ -18,3 +25,48 @@ def too_few(site: Site, count: int) -> str | None:
     """Why a matrix has not as many entries, as the end of a sentence, or None."""
     size = site.outputs * site.inputs
     return None if count <= size else f"it has {size} entries, fewer than {count} frequencies"
+
+
+def integer(size: int) -> torch.dtype:
+    """The type of an index into so many entries."""
+    return torch.int32 if size < 2**31 else torch.int64
+
+
+def scattered(values: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    """Zeros in the shape of `like` but for `values` (count,) at the flat `index` (count,)."""
+    return values.new_zeros(like.numel()).scatter(0, index.long(), values).view(like.shape)
+
+
+def bare(site: Site, count: int) -> Tensors:
+    """`values` (count,), zero, and `index` (count,), which is put in place later."""
+    index = torch.zeros(count, dtype=integer(site.weight.numel()))
+    return {"values": torch.zeros(count), "index": fixed(index)}
+
+
+def at_largest(site: Site, scores: Tensor, count: int) -> Tensors:
+    """`values` (count,), zero, and `index` (count,), rising, of the entries with the largest scores."""
+    index = scores.flatten().topk(count, sorted=False).indices.sort().values
+    return {"values": torch.zeros(count), "index": fixed(index.to(integer(scores.numel())))}
+
+
+def largest(scores: Mapping[K, Tensor], count: int) -> dict[K, Tensor]:
+    """The flat indices, rising, of the `count` largest scores of all tensors together; one of them may have none."""
+    return next(iter(rankings(scores, [count])))
+
+
+def rankings(scores: Mapping[K, Tensor], counts: Sequence[int]) -> Iterator[dict[K, Tensor]]:
+    """The same for several counts, at the price of one sorting.
+
+    Raises:
+        AttunementError: where a score is not finite.
+    """
+    if odd := next((key for key, score in scores.items() if not torch.isfinite(score).all()), None):
+        raise AttunementError(f"adapt: the statistics of {getattr(odd, 'key', odd)} are not finite")
+    device = next(iter(scores.values())).device
+    flat = torch.cat([score.flatten().to(device) for score in scores.values()])
+    order = flat.topk(min(max(counts), len(flat))).indices
+    starts = torch.tensor([0, *(score.numel() for score in scores.values())], device=device).cumsum(0)
+    for count in counts:
+        index = order[:count].sort().values
+        ends = torch.searchsorted(index, starts)
+        yield {key: index[ends[i] : ends[i + 1]] - starts[i] for i, key in enumerate(scores)}

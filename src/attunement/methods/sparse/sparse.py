@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from attunement.method import Tensors, WeightMethod, fixed, register
+from attunement.methods._entries import integer, scattered
 from attunement.site import Site
 
 
@@ -65,8 +66,8 @@ class Sparse(WeightMethod):
             index = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))[:count]
         else:
             index = site.weight.abs().flatten().topk(count, largest=self.choice == "magnitude", sorted=False).indices
-        index = index.sort().values.to(torch.int32 if size < 2**31 else torch.int64)
+        index = index.sort().values.to(integer(size))
         return {"values": torch.zeros(count), "index": fixed(index)}  # (count,), (count,)
 
     def delta(self, _W: Tensor, values: Tensor, index: Tensor) -> Tensor:
-        return values.new_zeros(_W.numel()).scatter(0, index.long(), values).view(_W.shape)  # (out, in)
+        return scattered(values, index, _W)  # (out, in)
