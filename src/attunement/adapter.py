@@ -42,7 +42,7 @@ class Adapter:
         self.metrics: dict[str, float] = {}
         self.info: dict[str, Any] = {}
         self.step = 0
-        self.total_steps: int | None = None
+        self._total_steps: int | None = None
         self.objective: Callable[[], Tensor] | None = None
         self._given: dict[str, Any] = {}
         for part in self.parts:
@@ -143,6 +143,19 @@ class Adapter:
             put(getattr_tensor(owner, name), state[key])
 
     # --- training ---
+
+    @property
+    def total_steps(self) -> int | None:
+        """How many steps are to come in all, None where that is not known."""
+        return self._total_steps
+
+    @total_steps.setter
+    def total_steps(self, value: int | None) -> None:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise AttunementError(
+                f"total_steps of adapter {self.name!r} must be a positive whole number, got {value!r}"
+            )
+        self._total_steps = value
 
     @property
     def trainable(self) -> bool:

@@ -83,14 +83,14 @@ def shares(group: Group, plan: Mapping[Site, Method]) -> list[Group]:
     skipped = list(group.skipped)
     for site in group.sites:
         if (method := plan.get(site)) is None:
-            skipped.append((site.key, "the plan gives it nothing"))
+            skipped.append((site.key, f"{type(group.method).__name__} chose others"))
             continue
         share = next((one for one in shares if one.method == method), None)
         if share is None:
             shares.append(share := Group(method, group.on, []))
         share.sites.append(site)
     if not shares:
-        raise AttunementError(f"the plan of {type(group.method).__name__} gives no site of {group.on!r} anything")
+        raise AttunementError(f"adapt: {type(group.method).__name__} chose none of the sites of {group.on!r}")
     shares[0].skipped = skipped
     return shares
 

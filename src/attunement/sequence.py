@@ -82,7 +82,7 @@ def sequence_site(structure: Anatomy, _: Method, place: Place) -> Site | str:
     if place.role == "backbone" and "input_ids" in named(place.module):
         return f"{type(place.module).__name__} takes ids alone and no embeddings"
     if place.role == "block" and _takes_words(structure, place):
-        return "inside a model of text a block has a mask and positions of its own; select 'backbone'"
+        return "inside a model of text a block has a mask and positions of its own; select 'backbone', with Prompt"
     blocks = [p for p in structure.blocks if p.stack == place.stack] if place.role == "backbone" else [place]
     norms = [[p.module for p in block.members if p.role == "norm"] for block in blocks]
     if not all(norms):
@@ -200,7 +200,8 @@ class SequencePart(Part):
         mask = given.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             came = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise AttunementError(f"{self.key}: a mask (batch, tokens) is expected, got {came}")
+            static = "; a static cache makes such masks, the default cache does not" if cache is not None else ""
+            raise AttunementError(f"{self.key}: a mask (batch, tokens) is expected, got {came}{static}")
         placed = None if later else mask  # pads come first, then the new tokens
         if mask is not None:
             given["attention_mask"] = self._longer(mask, mask, 1)
@@ -212,6 +213,9 @@ class SequencePart(Part):
                 inputs = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
                 length = inputs.shape[1] + (0 if later else self.count)
                 given["position_ids"] = counted(given["attention_mask"], length, self.start)
+        if later:
+            words = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+            self._fits(cache.get_seq_length() - self.count + words.shape[1])  # type: ignore[union-attr]
         if later and "embedded" not in self.takes:
             return call((), given)
         embeds, ids = given.get("inputs_embeds"), given.pop("input_ids", None)
@@ -235,12 +239,15 @@ class SequencePart(Part):
 
     def _check(self, given: Mapping[str, Any], embeds: Tensor) -> None:
         """Refuse what has a value for each token that nobody knows for the new ones, and a text that is too long."""
-        length, limit = embeds.shape[1], self.site.limit
         known = ("attention_mask", "position_ids", "token_type_ids", "inputs_embeds")
         for name, value in given.items():
             own = name not in known and not name.startswith("encoder_") and isinstance(value, Tensor)
             if own and value.shape[:2] == embeds.shape[:2]:
                 raise AttunementError(f"{self.key}: {name!r} has a value for each token, and none for the new ones")
+        self._fits(embeds.shape[1])
+
+    def _fits(self, length: int) -> None:
+        limit = self.site.limit
         if self.site.learned and limit is not None and length + self.count > limit:
             raise AttunementError(
                 f"{self.key}: {self.count} tokens and {length} of the text are more than its {limit} positions"

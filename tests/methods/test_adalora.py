@@ -123,6 +123,9 @@ def test_schedules_that_allocate_nothing_are_refused() -> None:
     with pytest.raises(at.AttunementError, match=r"needs the number of steps.*total_steps of the adapter 'default'"):
         adapter.before_step()
     adapter.total_steps = 12
+    with pytest.raises(at.AttunementError, match=r"where no gradient is; its place is after backward\(\)"):
+        adapter.before_step()
+    sum(parameter.sum() for parameter in adapter.parameters()).backward()
     adapter.before_step()
     assert adapter.step == 1
 

@@ -39,6 +39,14 @@ def span(name: str, adapter: Adapter, total: int | None, warmup: float, final: f
     return before, total - after
 
 
+def after_backward(name: str, parts: Sequence[Part], tensor: str) -> None:
+    """Refuse a `before_step` without gradients, from which a schedule would learn nothing, in silence."""
+    if all(part.gradient(tensor) is None for part in parts):
+        raise AttunementError(
+            f"{name}: before_step was called where no gradient is; its place is after backward() and before zero_grad()"
+        )
+
+
 def drawn(seed: int, *numbers: int) -> torch.Generator:
     """A generator for one draw of a schedule: it depends on the seed and the step alone, so a resumed run has it too."""
     mixed = seed

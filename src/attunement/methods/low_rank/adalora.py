@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from attunement.method import Tensors, WeightMethod, fixed, register, running, seeded
 from attunement.methods._low_rank import too_large
-from attunement.methods._schedule import average, orthogonality, span
+from attunement.methods._schedule import after_backward, average, orthogonality, span
 from attunement.site import Site, put, whole
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ class AdaLoRA(WeightMethod):
     def before_step(self, adapter: Adapter, parts: Sequence[Part]) -> None:
         begin, end = span("AdaLoRA", adapter, self.total_steps, self.warmup, self.final)
         step = adapter.step
+        if step < end:
+            after_backward("AdaLoRA", parts, "E")
         for part in parts:
             E, mask = part.tensor("E"), part.tensor("mask")
             put(E, whole(E) * mask)  # what the last mask took away grows again from zero
