@@ -280,6 +280,46 @@ def test_two_processes_train_one_adapter(recipe: dict, tmp_path: Path) -> None:
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_two_processes_that_shard_the_model_train_one_adapter(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP2 through accelerate: the weights of one process, and those of a straight run after a resumption."""
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for i in range(32):
+            row = {"prompt": f"the film was {i % 10}", "completion": " great" if i % 2 else " awful"}
+            file.write(json.dumps(row) + "\n")
+    training = {"use_cpu": True, "num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 0.01}
+    training |= {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "no", "load_best_model_at_end": False}
+    values = {
+        "model": str(llama),
+        "data": {"train": str(tmp_path / "rows.jsonl"), "holdout": 0},
+        "task": "causal-lm",
+        "adapter": {"method": "dora", "rank": 4},
+        "training": training | {"train_sampling_strategy": "sequential"},
+        "output": str(tmp_path / "alone"),
+    }
+    run(values)
+    one = final(values["output"])
+    values |= {"training": values["training"] | {"per_device_train_batch_size": 4}, "output": str(tmp_path / "sharded")}
+    file = written(values, tmp_path)
+    sharding = {"USE_FSDP": "true", "USE_CPU": "true"}
+    plugin = {"VERSION": "2", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    for prefix, settings in (("ACCELERATE", sharding), ("FSDP", plugin)):
+        for key, value in settings.items():
+            monkeypatch.setenv(f"{prefix}_{key}", value)
+    script = str(Path(__file__).with_name("sharding_on_cpu.py"))
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, "train", file)
+    for resume in ((), ("--resume",)):
+        done = python(*launch, *resume)
+        assert done.returncode == 0, done.stderr[-3000:]
+        two = final(values["output"])
+        assert two.keys() == one.keys()
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-6, msg=name)
+        shutil.rmtree(tmp_path / "sharded" / "adapter")
+        shutil.rmtree(tmp_path / "sharded" / "checkpoint-4")
+
+
 def test_two_runs_are_not_mixed(recipe: dict) -> None:
     folder = Path(recipe["output"])
     (folder / "checkpoint-1").mkdir(parents=True)

@@ -107,14 +107,16 @@ class Run:
         return self.recipe.task.answers(self.model, rows, self.processor, size)
 
     def save(self, metrics: dict[str, dict[str, float]]) -> None:
-        """The adapter, the recipe and the figures into the folder."""
+        """The adapter, the recipe and the figures into the folder; every process calls it, and the first one writes."""
         assert self.adapter is not None
         self.adapter.metrics = {
             f"{split}_{name}": value for split, row in metrics.items() for name, value in row.items()
         }
-        self.adapter.save(self.folder / "adapter")
-        self.write_recipe()
-        (self.folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        if first_process() or any(hasattr(p, "placements") for p in self.adapter.parameters()):
+            self.adapter.save(self.folder / "adapter")  # all take part in gathering shards
+        if first_process():
+            self.write_recipe()
+            (self.folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
     def write_recipe(self) -> None:
         """The recipe into the folder."""
@@ -173,7 +175,7 @@ def train(
     from attunement.train.trainer import last_checkpoint
 
     folder = Path(recipe.output or "runs/default")
-    first = os.environ.get("RANK", "0") == "0"
+    first = first_process()
     if first:
         check_folder(recipe, folder, resume, overwrite)
     run = prepare(recipe)
@@ -200,10 +202,15 @@ def train(
     log = list(trainer.state.log_history)
     measured: list[str] = [split for split in ("eval", "test") if split in run.splits]
     metrics = {split: figures(trainer.evaluate(run.splits[split])) for split in measured}
+    run.save(metrics)
     if first:
-        run.save(metrics)
         draw_log(log, run)
     return metrics
+
+
+def first_process() -> bool:
+    """Whether this process is the one of a launch that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def draw_log(log: list[dict[str, Any]], run: Run) -> None:
