@@ -15,6 +15,9 @@ import attunement as at
 path, folder = (*sys.argv[1:], *("sentence-transformers/all-MiniLM-L6-v2", "runs/lightning")[len(sys.argv) - 1 :])
 
 
+KINDS = ("trained", "fixed", "running")  # the last are statistics that a schedule goes on from
+
+
 class Adapted(lightning.LightningModule):
     strict_loading = False  # a checkpoint holds the adapter alone
 
@@ -33,16 +36,17 @@ class Adapted(lightning.LightningModule):
         return torch.optim.AdamW(self.adapter.groups(lr=1e-2))
 
     def on_train_start(self) -> None:
+        self.adapter.step = self.trainer.global_step  # not zero where a run is resumed
         self.adapter.begin()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.adapter.before_step()
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["state_dict"] = self.adapter.state()
+        checkpoint["state_dict"] = self.adapter.state(KINDS)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.adapter.load_state(checkpoint["state_dict"])
+        self.adapter.load_state(checkpoint["state_dict"], KINDS)
 
 
 tokenizer = AutoTokenizer.from_pretrained(path)

@@ -90,23 +90,28 @@ def exchange(module: nn.Module, *extras: Extras) -> None:
         return
     made = exchanged(base, tuple(module._parameters), tuple(dict.fromkeys((*extras, *has))))
     module.__class__ = made
-    _rebind(module, made)
+    _rebind(module, cls, made)
 
 
 def restore(module: nn.Module) -> None:
     """Give a module its own class back."""
-    base = base_of(type(module))
+    cls = type(module)
+    base = base_of(cls)
     module.__dict__.pop("_attuned_plan", None)
     module.__dict__.pop("_attuned_now", None)
     module.__class__ = base
-    _rebind(module, base)
+    _rebind(module, cls, base)
 
 
-def _rebind(module: nn.Module, cls: Any) -> None:
-    """A hook of accelerate keeps the forward to call on the instance, and leaves it there when it is removed."""
+def _rebind(module: nn.Module, before: Any, after: Any) -> None:
+    """A hook of accelerate keeps the forward to call on the instance, and leaves it there when it is removed.
+
+    A forward of somebody else's that stands there is theirs to take away.
+    """
     word = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
-    if word in module.__dict__:
-        module.__dict__[word] = cls.forward.__get__(module)
+    held = getattr(module.__dict__.get(word), "__func__", None)
+    if held is not None and held in (before.forward, base_of(before).forward):  # type: ignore[attr-defined]
+        module.__dict__[word] = after.forward.__get__(module)
 
 
 def sealed_forward(module: nn.Module) -> str | None:

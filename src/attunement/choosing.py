@@ -40,10 +40,14 @@ def chosen(structure: Anatomy, recipe: Any, on: Any) -> list[Group]:
                 f"adapt: {recipe.__name__} is a class; call it for a method, as in {recipe.__name__}()"
             )
         named = f"; a method by name is at.method({recipe!r})()" if isinstance(recipe, str) else ""
+        if callable(recipe) and hasattr(recipe, "__name__"):
+            named = f"; {recipe.__name__} is a function: call it for a recipe, as in {recipe.__name__}()"
         raise AttunementError(f"adapt: expected a method or a mapping of selections to methods, got {recipe!r}{named}")
     for selection, method in pairs:
         if not (isinstance(method, Method) or (method is None and selection == "head")):
             raise AttunementError(f"adapt: {selection!r} must have a method such as LoRA(rank=8), got {method!r}")
+    if all(method is None for _, method in pairs):
+        raise AttunementError("adapt: the recipe has no method; 'head': None only leaves a head out")
     names_head = any(isinstance(s, str) and re.search(r"(?<![A-Za-z0-9_])head(?![A-Za-z0-9_])", s) for s, _ in pairs)
     heads = {} if names_head else {place.name: place for place in structure.task_heads}
     groups = [_group(structure, selection, method, heads) for selection, method in pairs if method is not None]
@@ -71,9 +75,11 @@ def _group(
         except AttunementError as error:
             if explicit or word:
                 raise
-            said = (
-                f"adapt: {type(method).__name__} goes to {selection!r} by default, which this model has not: say where"
-            )
+            place = repr(selection)
+            if not isinstance(selection, str):
+                place = (selection.__doc__ or "places of its own").split("\n")[0].rstrip(".")
+                place = place[:1].lower() + place[1:]
+            said = f"adapt: {type(method).__name__} goes to {place} by default, which this model has not: say where"
             raise AttunementError(f"{said} with on=...; {error}") from None
     group = Group(method, selection if isinstance(selection, str) else getattr(selection, "__name__", "predicate"), [])
     sites: dict[tuple[int, str], Site] = {}

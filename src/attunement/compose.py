@@ -26,6 +26,10 @@ class Composition:
                 raise AttunementError(
                     f"{type(self).__name__}: expected names, None or compositions, got {type(item).__name__} {item!r}"
                 )
+        if not items:
+            raise AttunementError(
+                f"{type(self).__name__}: expected at least one name, None or composition, got nothing"
+            )
         self.items = items
 
     def __repr__(self) -> str:
@@ -59,6 +63,8 @@ class Weighted(Composition):
     """Changes added with weights: `Weighted({"a": 0.7, "b": 0.3})` is W + 0.7 Da + 0.3 Db. 1.0 is the adapter, 0 the base."""
 
     def __init__(self, weights: Mapping[Any, float]) -> None:
+        if not isinstance(weights, Mapping):
+            raise AttunementError(f"Weighted: expected a mapping such as {{'a': 0.7, 'b': 0.3}}, got {weights!r}")
         super().__init__(*weights)
         for item, weight in weights.items():
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight != weight:

@@ -111,5 +111,7 @@ def _cause(error: Exception) -> str:
         errors.RevisionNotFoundError: "it has no such revision",
         errors.LocalEntryNotFoundError: "there is no network, and the cache has no copy",
     }
+    if type(error).__name__ in ("ConnectError", "ConnectTimeout", "OfflineModeIsEnabled"):
+        return "there is no network, or HF_HUB_OFFLINE is set"
     known = next((text for kind, text in kinds.items() if isinstance(error, kind)), None)
     return known or (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from attunement.adapter import Adapter
 from attunement.adapting import attach, build, check_name
-from attunement.anatomy import Anatomy, Place, RowView, anatomy
+from attunement.anatomy import CONTAINER, Anatomy, Place, RowView, anatomy, walk
 from attunement.choosing import passed_over, site_of
 from attunement.errors import AttunementError, nearest
 from attunement.method import Method, method_from
@@ -150,18 +150,40 @@ def fingerprint(adapter: Adapter) -> dict[str, Any]:
         site = part.site
         if site.parameter is not None:
             prints[part.key] = _print(site, part.method.carried(site.weight, **part.values("carried")))
+        elif (near := _beneath(adapter, site.module)) is not None:
+            name, parameter = near
+            prints[f"{name} beneath {part.key}"] = _said(parameter, parameter.detach())
         for other in site.partners.values():
             prints[f"{other.key} beside {part.key}"] = _print(other, other.weight)
     return prints
 
 
 def _print(site: Site, values: Tensor) -> dict[str, Any]:
-    dtype = site.module._parameters[site.parameter or ""].dtype  # type: ignore[union-attr]
+    return _said(site.module._parameters[site.parameter or ""], values, site.weight.shape)  # type: ignore[arg-type]
+
+
+def _said(parameter: Tensor, values: Tensor, shape: Sequence[int] = ()) -> dict[str, Any]:
     return {
-        "shape": list(site.weight.shape),
-        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape or parameter.shape),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
         "values": _sampled(values),
     }
+
+
+def _beneath(adapter: Adapter, module: nn.Module) -> tuple[str, Tensor] | None:
+    """A parameter that says which base a site without one stands on: the first matrix that no part of the adapter changes.
+
+    Not an embedding, which words may have been added to.
+    """
+    changed = {id(p) for part in adapter.parts if part.site.parameter for p in part.site.module._parameters.values()}
+    found = (
+        (f"{path}.{name}" if path else name, parameter)
+        for path, inner in walk(module)
+        if CONTAINER not in path.split(".") and not isinstance(inner, nn.Embedding)
+        for name, parameter in inner._parameters.items()
+        if parameter is not None and parameter.is_floating_point() and parameter.dim() > 1
+    )
+    return next((one for one in found if id(one[1]) not in changed), None)
 
 
 def _sampled(values: Tensor) -> list[float]:

@@ -63,6 +63,24 @@ def test_checkpoints_hold_the_adapter_alone_and_resume(tmp_path: Path) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in adapter.state().items())
 
 
+def test_a_checkpoint_of_other_methods_is_refused(tmp_path: Path) -> None:
+    first = model()
+    at.adapt(first, at.LoRA(rank=2))
+    at.Trainer(
+        first, arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=2), train_dataset=rows()
+    ).train()
+    other = model()
+    adapter = at.adapt(other, at.LoRA(rank=4))
+    trainer = at.Trainer(other, arguments(tmp_path, max_steps=4), train_dataset=rows())
+    with pytest.raises(
+        at.AttunementError, match=r"was written by LoRA\(rank=2.* is LoRA\(rank=4.*adapt as the run began"
+    ):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert at.adapters(other)["default"] is adapter
+    assert type(adapter.parts[0].method) is at.LoRA
+    assert adapter.parts[0].method.rank == 4
+
+
 def test_a_model_made_by_model_init(tmp_path: Path) -> None:
     def made() -> transformers.PreTrainedModel:
         adapted = model()

@@ -62,6 +62,17 @@ def shaken(adapter: at.Adapter) -> at.Adapter:
     return adapter
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_phases_go_on_under_the_forward_that_trl_puts_on_the_model(
+    model: Any, common: dict, tmp_path: Path, packing: bool
+) -> None:
+    adapter = at.adapt(model, at.LTSFT(count=40), on="attention.query")
+    args = arguments(trl.SFTConfig, tmp_path, packing=packing, max_length=64, max_steps=2)
+    trainer = at.trl.SFTTrainer(model, args, train_dataset=datasets.Dataset.from_list(TALK), **common)
+    trainer.train()
+    assert (trainer.phase, adapter.count()) == (2, 40)
+
+
 def test_sft_as_it_is(model: Any, common: dict, tmp_path: Path) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     adapter = at.adapt(model, SITES)

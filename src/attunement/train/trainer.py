@@ -126,8 +126,8 @@ class Trainer(transformers.Trainer):
                     self.args.ddp_find_unused_parameters = True  # every step leaves other parameters out
                 result = done or super().train(resume_from_checkpoint, *args, **kwargs)
                 following = [adapter.succeed() for adapter in trained_adapters(self.adapted).values()]
-                if not any(following):
-                    return result
+                if not any(following) or not any(_learns(adapter) for adapter in following if adapter is not None):
+                    return result  # over, or in a last form of what was learned, in which nothing trains
                 self._set_phase(self.phase + 1)
                 resume_from_checkpoint = done = None
                 self.optimizer = self.lr_scheduler = None
@@ -315,6 +315,12 @@ class _BeforeStep(transformers.TrainerCallback):
             adapter.before_step()
 
 
+def _learns(adapter: Adapter) -> bool:
+    """Whether a method with phases trains anything in the one that it is in."""
+    groups = [g for g in adapter.groups_ if type(g.method).succeed is not at.Method.succeed]
+    return any(p.numel() for group in groups for holder in group.holders() for p in holder.parameters())
+
+
 def _stepped(model: nn.Module, state: Any) -> Iterator[Adapter]:
     """The trained adapters, each told where in its schedule it is."""
     for adapter in trained_adapters(model).values():
@@ -341,6 +347,11 @@ class Callback(transformers.TrainerCallback):
             if needs:
                 raise AttunementError(
                     f"Callback: the adapter {name!r} {needs}, for which a plain trainer has no place; use at.Trainer"
+                )
+            if any(type(group.method).succeed is not at.Method.succeed for group in adapter.groups_):
+                raise AttunementError(
+                    f"Callback: the adapter {name!r} is trained in phases, of which a plain trainer knows the first alone; "
+                    "use at.Trainer"
                 )
         if state.global_step:
             raise AttunementError("Callback: a plain trainer cannot resume an adapter; use at.Trainer")
@@ -400,8 +411,24 @@ def enter_phase(model: nn.Module, folder: Path) -> None:
         if not ((place := _place(folder, name, len(training))) / TENSORS).is_file():
             continue  # `load_adapters` says what is missing
         tensors, said = opened(place)
-        if said["methods"] != json.loads(json.dumps(describe(adapter)["methods"])):
+        now = json.loads(json.dumps(describe(adapter)["methods"]))
+        if said["methods"] != now:
+            if not any(type(group.method).succeed is not at.Method.succeed for group in adapter.groups_):
+                raise AttunementError(
+                    f"Trainer: {folder} was written by {_told(said['methods'])}, and adapter {name!r} is {_told(now)}; "
+                    "adapt as the run began, or begin anew without resume_from_checkpoint"
+                )
             become(adapter, rebuilt(model, tensors, said, name))
+
+
+def _told(methods: list[dict[str, Any]]) -> str:
+    """The methods of a saved adapter, as a person would write them."""
+    said = []
+    for entry in methods:
+        fields = {**entry["method"]}
+        word = at.method(fields.pop("method")).__name__
+        said.append(f"{word}({', '.join(f'{key}={value!r}' for key, value in fields.items())}) on {entry['on']!r}")
+    return ", ".join(said)
 
 
 def _number(path: Path) -> int:

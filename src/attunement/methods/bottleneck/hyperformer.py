@@ -81,8 +81,21 @@ class HyperFormer(OutputMethod):
         place = 0 if site.role.startswith("mlp") else 1
         return {"where": fixed(torch.tensor([site.block or 0, place]))}  # (2,)
 
-    def output(self, _: Tensor | None, y: Tensor, where: Tensor, task: Tensor | int = 0, **t: Tensor) -> Tensor:
+    def output(
+        self, _: Tensor | None, y: Tensor, where: Tensor, task: Tensor | int | None = None, **t: Tensor
+    ) -> Tensor:
+        if task is None and self.tasks > 1:
+            raise AttunementError(
+                f"HyperFormer: which of its {self.tasks} tasks this is has to be said: adapter.give(task=0)"
+            )
+        task = 0 if task is None else task
         tasks = torch.as_tensor(task, device=y.device).reshape(-1)  # (1,) or (batch,)
+        if isinstance(task, int) and not 0 <= task < self.tasks:
+            raise AttunementError(f"HyperFormer: task must be from 0 to {self.tasks - 1}, got {task}")
+        if len(tasks) not in (1, y.shape[0]):
+            raise AttunementError(
+                f"HyperFormer: expected one task, or one for each of {y.shape[0]} rows, got {len(tasks)}"
+            )
         z = torch.cat(
             (t["Z"][tasks], t["L"][where[:1]].expand(len(tasks), -1), t["P"][where[1:]].expand(len(tasks), -1)), 1
         )

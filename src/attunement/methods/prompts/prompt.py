@@ -8,6 +8,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from attunement.errors import AttunementError
 from attunement.method import SequenceMethod, Tensors, register
 from attunement.site import Site
 
@@ -44,6 +45,8 @@ class Prompt(SequenceMethod):
     @classmethod
     def from_text(cls, text: str, tokenizer: Any, count: int | None = None) -> Prompt:
         """A prompt that starts as the words of a text, as many as it has unless `count` says otherwise."""
+        if not callable(tokenizer):
+            raise AttunementError(f"Prompt.from_text: expected a tokenizer, got {tokenizer!r}; AutoTokenizer makes one")
         ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
         return cls(count=count or len(ids), ids=ids)
 

@@ -39,7 +39,14 @@ class Train(ParameterMethod):
             return f"{site.parameter!r} is left out by only={self.only!r}"
         count = site.weight.shape[0]
         outside = [row for row in self.rows or () if not -count <= row < count]
-        return f"row {outside[0]} is outside its {count} rows; the last is {count - 1}" if outside else None
+        if not outside:
+            return None
+        said = f"row {outside[0]} is outside its {count} rows"
+        return (
+            f"{said}; resize_token_embeddings adds rows, before adapting"
+            if outside[0] < 0
+            else f"{said}; the last is {count - 1}"
+        )
 
     def weight(self, W: Tensor, copy: Tensor, index: Tensor | None = None) -> Tensor:
         return copy if index is None else W.index_copy(0, index, copy)
