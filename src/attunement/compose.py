@@ -26,10 +26,6 @@ class Composition:
                 raise AttunementError(
                     f"{type(self).__name__}: expected names, None or compositions, got {type(item).__name__} {item!r}"
                 )
-        if not items:
-            raise AttunementError(
-                f"{type(self).__name__}: expected at least one name, None or composition, got nothing"
-            )
         self.items = items
 
     def __repr__(self) -> str:
