@@ -11,6 +11,7 @@ from attunement.anatomy import anatomy
 from attunement.compose import Average, Rows, Stack, Sum, Weighted
 from attunement.convert import to_lora
 from attunement.errors import AttunementError
+from attunement.intrinsic import intrinsic_dimension
 from attunement.methods import *  # noqa: F403
 from attunement.methods import __all__ as _methods
 from attunement.storage import load
@@ -48,6 +49,7 @@ __all__ = [
     "adapters",
     "anatomy",
     "detach",
+    "intrinsic_dimension",
     "load",
     "method",
     "methods",

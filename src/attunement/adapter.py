@@ -226,10 +226,11 @@ class Adapter:
         self.begin()
 
     def succeed(self) -> Adapter | None:
-        """Go on to the next phase of its methods, to be trained with a new optimiser and schedule; None where all is done.
+        """Go on to the next phase of its methods; None where nothing is left to train.
 
-        This very adapter then stands there with the methods of the next phase, under the same name, active where it was.
-        Methods without a next phase start again from their initial values.
+        This very adapter then stands there with the methods of the next phase, under the same name, active where it was, to
+        be trained with a new optimiser and schedule. Methods without a next phase start again from their initial values.
+        Where the last phase only gives what was learned its final form, they keep what they have learned.
 
         Raises:
             AttunementError: while it is merged, or where a method beside could only start again from data.

@@ -85,7 +85,9 @@ class Part:
         if self.weight_form == "factors" and not self.reads_weight:
             wanted = _named_parameters(type(method), "factors")  # type: ignore[arg-type]
             owners = {name: h for h in (self.holder, *self.common) for name in (*h._parameters, *h._buffers)}
-            self.direct = tuple((owners[n], n in owners[n]._parameters, n) for n in (wanted or ())[2:] if n in owners)
+            given = [name for name in (wanted or ())[2:] if name in owners]
+            if given == list(wanted or ())[2 : 2 + len(given)]:  # they are passed by their order, which knows no gap
+                self.direct = tuple((owners[n], n in owners[n]._parameters, n) for n in given)
         self.taps = method.reads_input() and site.place.entry is not None
         self.entered: Tensor | None = None  # x, between the sublayer's entry and its exit
 

@@ -19,6 +19,8 @@ def succeed(adapter: Adapter) -> Adapter | None:
     if adapter.merged:
         raise AttunementError(f"succeed: {adapter.name!r} is merged; unmerge it first")
     groups: list[Group] = []
+    following: list[Group] = []  # of methods that go on
+    waiting: list[tuple[Group, Group]] = []  # of others, as they are and as they would begin again
     given: dict[Site, Tensors] = {}
     for group, plan in zip(adapter.groups_, nexts, strict=True):
         old = Group(group.method, group.on, [part.site for part in group.parts])
@@ -30,8 +32,20 @@ def succeed(adapter: Adapter) -> Adapter | None:
             methods[site] = then[0] if isinstance(then, tuple) else then
             if isinstance(then, tuple):
                 given[site] = then[1]
-        groups.extend(shares(old, methods))
-    return become(adapter, build(adapter.model, groups, adapter.name, given=given))
+        made = shares(old, methods)
+        groups += made
+        if plan is None:
+            waiting.append((group, made[0]))
+        else:
+            following += made
+    built = build(adapter.model, groups, adapter.name, given=given)
+    if any(p.numel() for group in following for holder in group.holders() for p in holder.parameters()):
+        return become(adapter, built)
+    for before, after in waiting:  # nothing is left to train, and what was learned beside stays
+        for learned, fresh in zip(before.holders(), after.holders(), strict=True):
+            fresh.load_state_dict(learned.state_dict())
+    become(adapter, built)
+    return None
 
 
 def become(adapter: Adapter, other: Adapter) -> Adapter:

@@ -9,6 +9,7 @@ give every method its rates and penalty, and have a reference model that is no s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -32,7 +33,7 @@ class SFTTrainer(Trainer, trl.SFTTrainer):  # type: ignore[misc]
     """
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
-        _check_head(model)
+        _check_head(model, kwargs)
         super().__init__(model, *args, **kwargs)
 
 
@@ -57,7 +58,7 @@ class DPOTrainer(Trainer, trl.DPOTrainer):  # type: ignore[misc]
         reference: Active = None,
         **kwargs: Any,
     ):
-        _check_head(model)
+        _check_head(model, kwargs)
         checked(reference, at.adapters(model))
         self.reference, bare = reference, None
         if ref_model is None and not getattr(args, "precompute_ref_log_probs", False):
@@ -103,7 +104,9 @@ class Reference(nn.Module):
             return policy(*args, **kwargs)
 
 
-def _check_head(model: nn.Module) -> None:
+def _check_head(model: nn.Module, options: Mapping[str, Any]) -> None:
+    if options.get("peft_config") is not None:
+        raise AttunementError("trl: peft_config would have PEFT adapt a model that is adapted here; leave it out")
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for name, adapter in trained_adapters(model).items():
         for part in adapter.parts:

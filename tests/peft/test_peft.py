@@ -25,6 +25,7 @@ from attunement import peft as format
 
 peft = pytest.importorskip("peft", reason="the peft package is what this format is proven against")
 pytestmark = pytest.mark.filterwarnings("ignore")
+KasaConfig = peft.tuners.lora.config.KasaConfig
 TOLERANCE = 2e-6
 
 
@@ -268,6 +269,88 @@ FROM_PEFT = {
     "road-1": ("bert", lambda: peft.RoadConfig(group_size=8, target_modules=["query", "intermediate.dense"])),
     "road-2": ("bert", lambda: peft.RoadConfig(group_size=4, variant="road_2", target_modules=["query"])),
     "road-4": ("llama", lambda: peft.RoadConfig(group_size=8, variant="road_4", target_modules=["down_proj"])),
+    "tinylora": (
+        "llama",
+        lambda: peft.TinyLoraConfig(r=2, u=5, weight_tying=0.4, target_modules=["q_proj", "v_proj", "down_proj"]),
+    ),
+    "tinylora-seed": (
+        "gpt2",
+        lambda: peft.TinyLoraConfig(
+            r=3, u=4, projection_seed=1, save_projection=False, target_modules=["c_attn"], fan_in_fan_out=True
+        ),
+    ),
+    "unilora": (
+        "llama",
+        lambda: peft.UniLoraConfig(r=2, theta_d_length=50, target_modules=["v_proj", "q_proj", "down_proj"]),
+    ),
+    "unilora-stored": (
+        "gpt2",
+        lambda: peft.UniLoraConfig(
+            r=3, theta_d_length=33, save_indices=True, proj_seed=3, target_modules=["c_attn"], fan_in_fan_out=True
+        ),
+    ),
+    "pvera": ("llama", lambda: peft.PveraConfig(r=5, target_modules=["q_proj", "v_proj", "down_proj"])),
+    "pvera-regenerated": (
+        "bert",
+        lambda: peft.PveraConfig(r=5, target_modules=["query"], save_projection=False, projection_prng_key=7),
+    ),
+    "adamss": ("bert", lambda: peft.AdamssConfig(r=6, target_modules=["query", "intermediate.dense"])),
+    "adamss-ranks": (
+        "llama",
+        lambda: peft.AdamssConfig(
+            r=100, num_subspaces=3, subspace_rank=3, random_seed=2, target_modules=["q_proj", "v_proj"]
+        ),
+    ),
+    "pissa": (
+        "llama",
+        lambda: peft.LoraConfig(r=3, lora_alpha=5, init_lora_weights="pissa", target_modules=["q_proj", "down_proj"]),
+    ),
+    "pissa-conv1d": (
+        "gpt2",
+        lambda: peft.LoraConfig(r=3, init_lora_weights="pissa", target_modules=["c_attn"], fan_in_fan_out=True),
+    ),
+    "olora": (
+        "bert",
+        lambda: peft.LoraConfig(r=3, init_lora_weights="olora", use_rslora=True, target_modules=["query", "dense"]),
+    ),
+    "kasa": (
+        "llama",
+        lambda: peft.LoraConfig(r=3, kasa_config=KasaConfig(beta=0.5), target_modules=["q_proj", "k_proj", "up_proj"]),
+    ),
+    "psoft": ("llama", lambda: peft.PsoftConfig(r=4, target_modules=["q_proj", "k_proj", "down_proj"])),
+    "psoft-series": (
+        "bert",
+        lambda: peft.PsoftConfig(
+            r=5,
+            use_cayley_neumann=True,
+            num_cayley_neumann_terms=3,
+            psoft_mag_a=False,
+            psoft_mag_b=False,
+            target_modules=["query"],
+        ),
+    ),
+    "glora": ("bert", lambda: peft.GloraConfig(r=3, target_modules=["query", "output.dense"])),
+    "glora-vectors": (
+        "bert",
+        lambda: peft.GloraConfig(
+            config_A_B="vector", config_C="vector", config_D_E="vector", target_modules=["query", "output.dense"]
+        ),
+    ),
+    "glora-without-biases": (
+        "llama",
+        lambda: peft.GloraConfig(config_A_B="constant", target_modules=["q_proj", "down_proj"]),
+    ),
+    "peanut": ("llama", lambda: peft.PeanutConfig(r=3, target_modules=["q_proj", "down_proj"])),
+    "peanut-deep": (
+        "bert",
+        lambda: peft.PeanutConfig(r=4, depth=2, act_fn="gelu", scaling=0.5, target_modules=["query", "value"]),
+    ),
+    "lily": (
+        "llama",
+        lambda: peft.LilyConfig(r=4, stride_A=2, num_B=3, scaling=0.7, target_modules=["q_proj", "v_proj"]),
+    ),
+    "frod": ("llama", lambda: peft.FrodConfig(sparse_rate=0.05, target_modules=["q_proj", "v_proj", "down_proj"])),
+    "frod-conv1d": ("gpt2", lambda: peft.FrodConfig(target_modules=["c_attn"], fan_in_fan_out=True)),
     "norms": ("bert", lambda: peft.LNTuningConfig(task_type="SEQ_CLS", target_modules=["LayerNorm"])),
     "norms-llama": ("llama", lambda: peft.LNTuningConfig(target_modules="all-linear|.*norm")),
 }
@@ -347,6 +430,20 @@ TO_PEFT = {
     "waveft": ("llama", {"attention.query": at.WaveFT(frequencies=30), "mlp": at.WaveFT(frequencies=50)}),
     "gralora": ("bert", {"attention.query|mlp": at.GraLoRA(rank=4, tiles=4, hybrid_rank=3, alpha=5)}),
     "road": ("bert", {"attention.{query,value}|mlp": at.RoAd(group_size=8, variant=4)}),
+    "tinylora": ("llama", {"attention.{query,value}|mlp": at.TinyLoRA(size=6, tying=0.5)}),
+    "unilora": ("llama", {"attention.{query,value}|mlp": at.UniLoRA(length=70, rank=3, seed=5)}),
+    "pvera": ("bert", {"attention.{query,value}|mlp": at.PVeRA(rank=6, seed=3, stored=True)}),
+    "pvera-regenerated": ("gpt2", {"attention.qkv": at.PVeRA(rank=6)}),
+    "adamss": ("bert", {"attention.query|mlp": at.AdaMSS(rank=7, subspaces=4)}),
+    "kasa": ("llama", {"attention.query": at.KaSA(rank=3), "attention.value|mlp": at.KaSA(rank=2, alpha=3)}),
+    "psoft": ("llama", {"attention.{query,key}|mlp": at.PSOFT(rank=4, exact=True)}),
+    "psoft-series": ("bert", {"attention.query": at.PSOFT(rank=3, terms=6, magnitudes=False, exact=True)}),
+    "glora": ("bert", {"attention.{query,value}|mlp": at.GLoRA(rank=3)}),
+    "glora-vectors": ("bert", {"mlp": at.GLoRA(weights="vector", coupling="none", shifts="vector")}),
+    "glora-bias-alone": ("bert", {"mlp": at.GLoRA(weights="none", coupling="vector", shifts="none")}),
+    "peanut": ("llama", {"attention.{query,key}|mlp": at.PEANuT(rank=3, scale=0.5)}),
+    "peanut-deep": ("bert", {"attention.query": at.PEANuT(rank=3, depth=2, activation="silu")}),
+    "lily": ("bert", {"attention.{query,value}": at.Lily(rank=5, experts=3, scaling=2.0)}),
     "norms": ("bert", {"norm": at.Train()}),
 }
 
@@ -368,6 +465,66 @@ def test_peft_reads_what_is_written_here(case: str, tmp_path: Path) -> None:
     again = at.load(base, tmp_path / "out")
     torch.testing.assert_close(output(base, name), expected, atol=TOLERANCE, rtol=TOLERANCE)
     assert again.count() == adapter.count()
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("llama", {"attention.{query,key}": at.PiSSA(rank=3), "mlp": at.PiSSA(rank=2, alpha=3)}),
+        ("gpt2", {"attention.qkv": at.PiSSA(rank=4, rank_stabilised=True)}),
+        ("llama", {"attention.query|mlp": at.OLoRA(rank=3, alpha=6)}),
+    ],
+    ids=repr,
+)
+def test_what_started_from_the_weight_is_a_lora_of_twice_the_rank(name, recipe, tmp_path: Path) -> None:
+    base = made(name)
+    ours = copy.deepcopy(base)
+    adapter = at.adapt(ours, recipe)
+    disturb(adapter.parameters())
+    expected = output(ours, name)
+    adapter.save(tmp_path / "out", format="peft")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out").eval()
+    torch.testing.assert_close(output(theirs, name), expected, atol=1e-5, rtol=1e-5)  # there products cancel
+    assert at.load(base, tmp_path / "out").count() == 2 * adapter.count()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        at.LoRAFA(rank=3, alpha=6, rank_stabilised=True),
+        at.ShareLoRA(rank=3, share="both"),
+        at.ASLoRA(rank=3, alpha=5),
+        at.OrthogonalAdaptation(rank=3, number=1),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_frozen_and_shared_factors_are_a_lora_to_peft(method: at.Method, tmp_path: Path) -> None:
+    base = made("llama")
+    ours = copy.deepcopy(base)
+    adapter = at.adapt(ours, method, on="attention.{query,value}")
+    disturb(adapter.parameters())
+    adapter.save(tmp_path / "out", format="peft")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out").eval()
+    torch.testing.assert_close(output(theirs, "llama"), output(ours, "llama"), atol=TOLERANCE, rtol=TOLERANCE)
+    assert (output(ours, "llama") - output(base, "llama")).abs().max() > 1e-3
+    again = at.load(base, tmp_path / "out")
+    assert {type(part.method) for part in again.parts} == {at.LoRA}
+    torch.testing.assert_close(output(base, "llama"), output(ours, "llama"), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_peft_reads_frod_where_it_has_u_for_the_v_of_the_file(tmp_path: Path) -> None:
+    # it finds U from the base and a V that it finds again, in which a last bit can turn directions
+    base = made("bert")
+    ours = copy.deepcopy(base)
+    adapter = at.adapt(ours, {"attention.{query,value}|mlp": at.FRoD(density=0.1)})
+    disturb(adapter.parameters())
+    adapter.save(tmp_path / "out", format="peft")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out").eval()
+    for layer in (module for module in theirs.modules() if getattr(module, "frod_V", None) is not None):
+        if hasattr(layer, "frod_U"):
+            V, W = layer.frod_V["default"], layer.get_base_layer().weight
+            layer.frod_U["default"] = layer._calculate_frod_u_and_lambda(V, W)[0]
+    torch.testing.assert_close(output(theirs, "bert"), output(ours, "bert"), atol=TOLERANCE, rtol=TOLERANCE)
 
 
 class BlockDiagonal:
@@ -424,6 +581,7 @@ def test_targets_are_the_short_list_that_servers_expect(tmp_path: Path) -> None:
         ("conv", {"second": at.OFT(block_size=8)}, "PEFT has no OFT for Conv2d"),
         ("bert", {"attention.query": at.Sparse()}, "counts them as a rank"),
         ("conv", {"second|linear": at.DoRA(rank=2)}, "trained whole and adapted by DoRA"),
+        ("bert", {"attention.output|mlp.down": at.Lily(rank=4)}, "shares by the last word"),
     ],
 )
 def test_refuses_to_write(name: str, recipe: dict[str, at.Method], words: str, tmp_path: Path) -> None:
@@ -445,7 +603,7 @@ def lora_checkpoint(path: Path, **changes: object) -> nn.Module:
     ("changes", "words"),
     [
         ({"peft_type": "XLORA"}, "holds 'XLORA'; this library reads LORA, VERA"),
-        ({"init_lora_weights": "pissa"}, "changed the base weights"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changed the base weights"),
         ({"use_qalora": True}, "uses use_qalora=True"),
         ({"a_later_option": 3}, "uses a_later_option=3"),
     ],

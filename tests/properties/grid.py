@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import third_party  # noqa: F401 - registers its methods
 import torch
-from homes import HOMES, PLACES, SPOTS, given, home
+from homes import HOMES, PLACES, SPOTS, data, home
 from torch import nn
 from toy_model import LAYERS, TIED
 
@@ -35,24 +35,47 @@ from attunement.site import Site
 # sizes under these field names that fit every matrix of the toy model
 SMALL = {"rank": 2, "size": 8, "block_size": 2, "density": 0.25, "reduction": 2}
 SMALL |= {"group_size": 2, "vector_length": 2, "frequencies": 5, "strength": 2.5, "scale": 2.0}
+SMALL |= {"shifts": "vector"}  # a constant one is lost in the norm behind
+SMALL |= {"bases": 5, "subspaces": 2, "scaling": 0.25}
+SMALL |= {"task_rank": 1, "threshold": -5.0, "gate_start": 0.8, "first": 0.1}  # gates that a small change leaves open
 FEW = {"count": 3, "length": 4}  # and those of what adds tokens, which fit the positions of the other models
+FIT = {
+    "orthogonal/psoft": {"rank": 3},  # whose single angle, at two, has a gradient that may cancel
+    "low_rank/lora_ga": {"alpha": 4.0},  # a scale of 2, as that of its own rank
+}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "bottleneck/bottleneck": [{"style": "scaled_parallel"}],
     "orthogonal/boft": [{"scaled": False}],
     "low_rank/gralora": [{"hybrid_rank": 1}],
     "low_rank/lokr": [{"rank": 1, "factor": 2, "both": True}],
+    "low_rank/mt_lora": [{"both": True, "tasks": 1, "everywhere": True}],
     "low_rank/miss": [{"shared_rows": 2}],
     "low_rank/randlora": [{"stored": True}],
+    "low_rank/adamss": [{"stored": False}],
+    "low_rank/lora_fa": [{"corrected": False, "rank_stabilised": True}],
+    "low_rank/share_lora": [{"share": "B"}, {"share": "both"}],
+    "low_rank/tiny_lora": [{"tying": 0.5, "stored": True}],
+    "low_rank/uni_lora": [{"stored": True}],
+    "spectral/said": [{"structured": False}],
     "orthogonal/road": [{"variant": 2}, {"variant": 4}],
     "orthogonal/clover": [{"head_width": 2}, {"head_width": 4, "frame": "pair"}],
     "orthogonal/oft": [
         {"block_size": 4, "terms": 5},
         {"block_size": 4, "constraint": 0.1, "shared_block": True},
+        {"scaled": True},
     ],
     "orthogonal/osf": [{"frozen": 1}],
+    "sparse/spt": [{"share": 0.5, "ease": 2.0}],
+    "sparse/s2ft": [{"side": "rows", "share": 0.3}],
     "sparse/lt_sft": [{"full_l1": 0.1}],
     "sparse/sparse": [{"choice": "magnitude"}],
     "low_rank/corda": [{"mode": "kpm"}],
+    "low_rank/glora": [{"weights": "vector", "coupling": "vector"}, {"weights": "none", "coupling": "none"}],
+    "low_rank/int21": [{"bits": 3, "columns": 2}],
+    "low_rank/nora": [{"inner_rank": 2}],
+    "low_rank/peanut": [{"depth": 2, "activation": "silu"}],
+    "low_rank/pissa": [{"exact": True, "alpha": 3.0}],
+    "orthogonal/psoft": [{"terms": 5, "magnitudes": False}],
     "low_rank/lora": [{"rank_stabilised": True, "alpha": 5.0}],
     "prompts/llama_adapter": [{"gate": "layer", "tanh": False}],
     "prompts/p_tuning": [{"encoder": "lstm"}],
@@ -74,7 +97,8 @@ class Sample:
         known = {field.name for field in dataclasses.fields(cls)}
         self.spotted = any(cls.acts_on in spot.kinds for spot in SPOTS.values())  # and at no layer of the toy model
         sizes = SMALL | FEW if self.spotted else SMALL
-        self.method: at.Method = cls(**{k: v for k, v in sizes.items() if k in known} | fields)
+        fitting = {k: v for k, v in sizes.items() if k in known} | FIT.get(name, {})
+        self.method: at.Method = cls(**fitting | fields)
         self.id = "-".join([name.partition("/")[2], *(str(value) for value in fields.values())])
 
     def takes(self, name: str) -> bool:
@@ -218,12 +242,19 @@ def promise(word: str) -> Callable[[Callable], Callable]:
     return decorate
 
 
+def selected(request: pytest.FixtureRequest) -> list[str]:
+    """`sample@home` of the tests of one module that will run: what a fixture for all of them together has to prepare."""
+    tests = (item for item in request.session.items if item.path == request.path)
+    chosen = (item.callspec.params for item in tests if hasattr(item, "callspec"))
+    return [f"{one['sample'].id}@{one['where']}" for one in chosen if "where" in one]
+
+
 def adapted(
     model: nn.Module, sample: Sample, layer: str | None = None, name: str = "a", seed: int | None = 0
 ) -> at.Adapter:
     """An adapter of a sample at one layer or everywhere, moved away from its start unless `seed` is None."""
     on = sample.everywhere(model.home) if layer is None else PLACES[layer]  # type: ignore[arg-type]
-    adapter = at.adapt(model, sample.method, on=on, name=name, data=[given(model)])
+    adapter = at.adapt(model, sample.method, on=on, name=name, data=data(model))
     return adapter if seed is None else perturb(adapter, seed)
 
 

@@ -116,6 +116,17 @@ def home(name: str, dtype: torch.dtype = torch.float64, classes: int | None = No
     return toy(dtype, classes) if name == "toy" else copy.deepcopy(_pattern(name, dtype, classes))
 
 
+def data(model: Any) -> list[Any]:
+    """What a method may look at before it starts: batches of which all but the bare vision model make a loss."""
+    batch: Any = given(model)
+    if model.home == "toy":
+        return [(batch, True)]
+    if model.home == "vision":
+        return [batch]
+    labels = batch["input_ids"]
+    return [{**batch, "labels": labels[:, 0] * 0 if "Classification" in type(model).__name__ else labels}]
+
+
 def given(model: Any, batch: int = 3) -> Tensor | dict[str, Tensor]:
     """A batch for a model; a text of it is shorter than the others."""
     name = model.home

@@ -1,4 +1,4 @@
-"""Every method under DDP and FSDP2 in one pair of processes: `torchrun ... pair_of_processes.py RESULTS.json`.
+"""Every method under DDP and FSDP2 in one pair of processes: `torchrun ... pair_of_processes.py RESULTS.json WANTED.json`.
 
 Gradients and outputs are compared with one process that sees the whole batch.
 """
@@ -66,8 +66,8 @@ def check(sample, where: str, kind: str) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=150))
-    found = {}
-    for sample, where in SHARED:
+    found, wanted = {}, set(json.loads(Path(sys.argv[2]).read_text()))
+    for sample, where in (pair for pair in SHARED if f"{pair[0].id}@{pair[1]}" in wanted):
         for kind in ("ddp", "fsdp"):
             try:
                 check(sample, where, kind)

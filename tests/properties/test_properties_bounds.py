@@ -10,13 +10,20 @@ import pytest
 import third_party
 import torch
 from grid import CELLS, REFUSED, SAMPLES, STRUCTURES, adapted, every_cell, every_home, every_sample, promise
-from homes import PLACES, SPOTS, given, home, out
+from homes import PLACES, SPOTS, data, home, out
 from toy_model import HIDDEN, WIDTH, bits, look, same_bits
 
 import attunement as at
 from attunement.method import tagged
 
+
 # what each published method trains at a matrix (out, in), as its paper counts
+def _numbers_of_glora(m, out, inputs) -> int:
+    weights = {"lora": m.rank * (out + inputs), "vector": out, "constant": 1, "none": 0}[m.weights]
+    coupling = {"lora": m.rank * (inputs + 1), "vector": inputs, "none": 0}[m.coupling]
+    return 2 * weights + coupling + 2 * {"vector": out, "constant": 1, "none": 0}[m.shifts]
+
+
 FORMULAS = {
     "bottleneck/adapter_bias": lambda m, out, inputs, size: inputs + 1 + out,
     "bottleneck/bottleneck": lambda m, out, width, size: 2 * m.size * width + m.size + out,
@@ -31,7 +38,10 @@ FORMULAS = {
     "low_rank/hira": lambda m, out, inputs, size: m.rank * (out + inputs),
     "low_rank/increlora": lambda m, out, inputs, size: (min(4 * m.rank, out, inputs) + m.reserve) * (out + inputs + 1),
     "low_rank/lora": lambda m, out, inputs, size: m.rank * (out + inputs),
+    "low_rank/lily": lambda m, out, inputs, size: m.rank * (inputs + m.experts * (out + 1)),
     "low_rank/loha": lambda m, out, inputs, size: 2 * m.rank * (out + inputs),
+    "low_rank/mt_lora": lambda m, out, inputs, size: (m.both * m.rank + m.tasks * m.task_rank) * (out + inputs),
+    "low_rank/conv_lora": lambda m, out, inputs, size: m.rank * (out + inputs),  # of a window of one
     "low_rank/miss": lambda m, out, inputs, size: m.rank * (m.shared_rows or out),
     "low_rank/randlora": lambda m, out, inputs, size: -(-inputs // m.rank) * (m.rank + inputs),
     "low_rank/svfit": lambda m, out, inputs, size: m.rank,
@@ -39,10 +49,42 @@ FORMULAS = {
     "low_rank/vb_lora": lambda m, out, inputs, size: (
         m.vectors * (m.vector_length + m.rank * (out + inputs) // m.vector_length)
     ),
+    "low_rank/adamss": lambda m, out, inputs, size: m.subspace_rank * (out + m.subspaces * m.rank),
+    "low_rank/as_lora": lambda m, out, inputs, size: m.rank * (out + inputs),
+    "low_rank/lora_fa": lambda m, out, inputs, size: m.rank * out,
+    "low_rank/lotr": lambda m, out, inputs, size: m.rank * (out + inputs + m.rank),
+    "low_rank/mos": lambda m, out, inputs, size: m.budget * (out + inputs),
+    "low_rank/nola": lambda m, out, inputs, size: 2 * m.bases,
+    "low_rank/orthogonal_adaptation": lambda m, out, inputs, size: m.rank * out,
+    "low_rank/pvera": lambda m, out, inputs, size: 2 * m.rank + out,
+    "low_rank/share_lora": lambda m, out, inputs, size: m.rank * (out + inputs),
+    "low_rank/tiny_lora": lambda m, out, inputs, size: m.size,
+    "low_rank/uni_lora": lambda m, out, inputs, size: m.length,
+    "low_rank/flexora": lambda m, out, inputs, size: m.rank * (out + inputs),
+    "low_rank/int21": lambda m, out, inputs, size: m.rank * (out + inputs),
+    "low_rank/triadaptlora": lambda m, out, inputs, size: 2 * m.rank * (out + inputs - 2 * m.rank + 1),
+    "low_rank/voicetailor": lambda m, out, inputs, size: m.rank * (out + inputs),
+    "low_rank/colora": lambda m, out, inputs, size: m.rank * (out + inputs),
+    "low_rank/glora": lambda m, out, inputs, size: _numbers_of_glora(m, out, inputs),
+    "low_rank/hydra": lambda m, out, inputs, size: m.rank * (out + inputs + 2 * out),
+    "low_rank/inttune": lambda m, out, inputs, size: m.rank**2,
+    "low_rank/kasa": lambda m, out, inputs, size: m.rank * (out + inputs + 1),
+    "low_rank/lora_ga": lambda m, out, inputs, size: m.rank * (out + inputs),
+    "low_rank/lora_xs": lambda m, out, inputs, size: m.rank**2,
+    "low_rank/nlora": lambda m, out, inputs, size: m.rank * (out + inputs + m.rank),
+    "low_rank/nora": lambda m, out, inputs, size: 2 * m.rank * (m.inner_rank or max(1, m.rank // 4)),
+    "low_rank/olora": lambda m, out, inputs, size: m.rank * (out + inputs),
+    "low_rank/peanut": lambda m, out, inputs, size: 2 * m.rank * (out + m.depth * m.rank),
+    "low_rank/pissa": lambda m, out, inputs, size: m.rank * (out + inputs),
+    "low_rank/slora": lambda m, out, inputs, size: m.rank * (out + inputs + m.rank),
+    "orthogonal/pego": lambda m, out, inputs, size: m.group * m.rank * (out + inputs),
+    "orthogonal/psoft": lambda m, out, inputs, size: m.rank * (m.rank - 1) // 2 + 2 * m.rank * m.magnitudes,
+    "spectral/said": lambda m, out, inputs, size: m.size + m.structured,
     "orthogonal/boft": lambda m, out, inputs, size: m.levels * inputs * (m.block_size - 1) // 2 + out * m.scaled,
+    "orthogonal/frod": lambda m, out, inputs, size: inputs + int(inputs**2 * m.density),
     "orthogonal/hra": lambda m, out, inputs, size: m.rank * inputs,
     "orthogonal/oft": lambda m, out, inputs, size: (
-        (m.block_size if m.shared_block else inputs) * (m.block_size - 1) // 2
+        (m.block_size if m.shared_block else inputs) * (m.block_size - 1) // 2 + out * m.scaled
     ),
     "orthogonal/osf": lambda m, out, inputs, size: (
         (inputs - (m.frozen if m.frozen >= 1 else inputs // 2)) * (out + inputs + 1)
@@ -55,6 +97,12 @@ FORMULAS = {
     "spectral/c3a": lambda m, out, inputs, size: size // m.block_size,
     "spectral/fourierft": lambda m, out, inputs, size: m.frequencies,
     "spectral/waveft": lambda m, out, inputs, size: m.frequencies,
+    "sparse/diff_pruning": lambda m, out, inputs, size: 2 * (size + out) + 2 * m.structured,  # the bias too
+    "sparse/fish_mask": lambda m, out, inputs, size: round(m.share * (size + out)),
+    "sparse/grafting": lambda m, out, inputs, size: size + out,
+    "sparse/r_amt": lambda m, out, inputs, size: size,
+    "sparse/s2ft": lambda m, out, inputs, size: max(1, round(m.share * out)) * inputs,
+    "sparse/taps": lambda m, out, inputs, size: size + 1,
     "sparse/sparse": lambda m, out, inputs, size: round(m.density * size),
 }
 
@@ -69,7 +117,7 @@ def test_the_number_of_trained_parameters_is_exact(sample, layer):
         site, copies = part.site, part.site.batch[0] if part.site.batch else 1
         each = [site.single(i) for i in range(copies)] if site.batch else [site]
         expected += sum(
-            t.value.numel() for one in each for t in tagged(sample.method.tensors(one)).values() if t.kind == "trained"
+            t.value.numel() for one in each for t in tagged(part.method.tensors(one)).values() if t.kind == "trained"
         )
         expected += sum(p.numel() for m in sample.method.build(site).values() for p in m.parameters())
     shared = tagged(sample.method.shared([part.site for part in adapter.parts]))
@@ -118,19 +166,19 @@ def test_what_a_kind_of_method_cannot_take_is_refused_in_a_sentence(sample, laye
     if sample.method.acts_on == "matrix" and layer.endswith("sublayer") and not sample.refuses_inside(layer):
         assert {part.site.parameter for part in adapted(model, sample, layer).parts} - {None}, "the matrices inside"
         return
-    untouched(model, lambda: at.adapt(model, sample.method, on=PLACES[layer], data=[given(model)]))
+    untouched(model, lambda: at.adapt(model, sample.method, on=PLACES[layer], data=data(model)))
 
 
 @every_home
 def test_a_refusal_changes_nothing(sample, where):
     model = home(where)
-    data, on = [given(model)], sample.everywhere(where)
+    seen, on = data(model), sample.everywhere(where)
     places = [
-        lambda: at.adapt(model, {"dens": sample.method}, data=data),
-        lambda: at.adapt(model, sample.method, on="blocks[7].mlp", data=data),
-        lambda: at.adapt(model, sample.method, on=on, name="no such name!", data=data),
-        lambda: at.adapt(model, {"mlp": at.Bottleneck(size=2), "attention.querry": sample.method}, data=data),
-        lambda: at.adapt(model, sample.method, on=on, name="", data=data),
+        lambda: at.adapt(model, {"dens": sample.method}, data=seen),
+        lambda: at.adapt(model, sample.method, on="blocks[7].mlp", data=seen),
+        lambda: at.adapt(model, sample.method, on=on, name="no such name!", data=seen),
+        lambda: at.adapt(model, {"mlp": at.Bottleneck(size=2), "attention.querry": sample.method}, data=seen),
+        lambda: at.adapt(model, sample.method, on=on, name="", data=seen),
     ]
     for wrong in places:
         untouched(model, wrong)

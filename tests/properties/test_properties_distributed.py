@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from grid import SHARED, promise
+from grid import SHARED, promise, selected
 
 HERE = Path(__file__).parent
 every_shared = pytest.mark.parametrize(
@@ -16,13 +16,15 @@ every_shared = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """{sample and kind: a traceback, or nothing}, from one pair of processes for all methods together."""
+def found(tmp_path_factory, request):
+    """{sample and kind: a traceback, or nothing}, from one pair of processes for all methods that are tested together."""
     results = tmp_path_factory.mktemp("pair") / "results.json"
+    wanted = results.with_name("wanted.json")
+    wanted.write_text(json.dumps(selected(request)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*command, str(HERE / "pair_of_processes.py"), str(results)],
+        [*command, str(HERE / "pair_of_processes.py"), str(results), str(wanted)],
         env=environment,
         capture_output=True,
         text=True,

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from grid import LIVES, SAMPLES, adapted, dealt, every_cell, every_home, gradients, loss, perturb, promise
-from homes import HOMES, PLACES, SPOTS, Spot, given, home, out, run
+from homes import HOMES, PLACES, SPOTS, Spot, data, given, home, out, run
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from toy_model import TIED, bits, distance
@@ -59,7 +59,8 @@ def no_more_error(model, sample, layer) -> None:
     loss(logits.float()).backward()
     loss(run(double, given(double, 12))).backward()
     exactly = gradients(at.adapters(double)["a"])
-    noise = 0.02 * max(float(gradient.norm()) for gradient in exactly.values())  # some cancel to nothing
+    # a gradient that cancels to nothing keeps the error of the terms that cancelled: some roundings of 0.4 % in bfloat16
+    noise = 0.03 * float(torch.cat([gradient.flatten() for gradient in exactly.values()]).norm())
     for name, gradient in gradients(adapter).items():
         assert gradient.dtype == torch.float32
         assert (gradient - exactly[name]).norm() <= 0.25 * exactly[name].norm() + noise, name
@@ -165,7 +166,7 @@ def one_graph(where, recipe) -> None:
     inputs = given(model)
     expected = {}
     for seed, name in enumerate("ab"):
-        perturb(at.adapt(model, recipe, name=name, data=[inputs]), seed)
+        perturb(at.adapt(model, recipe, name=name, data=data(model)), seed)
         expected[name] = out(model)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)

@@ -20,7 +20,7 @@ from grid import (
     perturb,
     promise,
 )
-from homes import HOMES, PLACES, SPOTS, given, home, out, run, some
+from homes import HOMES, PLACES, SPOTS, data, given, home, out, run, some
 from torch import Tensor, nn
 from toy_model import TIED, bits, distance, same_bits, toy
 
@@ -283,8 +283,7 @@ def test_one_adapter_of_unlike_methods(sample, where, tmp_path):
     """A method beside others in one recipe: trained, saved and merged as one, loaded as one."""
     model = home(where)
     base, before = out(model), bits(model)
-    data = [given(model)]
-    adapter = perturb(at.adapt(model, beside(sample, where), data=data))
+    adapter = perturb(at.adapt(model, beside(sample, where), data=data(model)))
     assert len({type(part.method) for part in adapter.parts}) >= 3
     loss(run(model)).backward()
     assert all(gradient.abs().max() > 0 for gradient in gradients(adapter).values())

@@ -108,10 +108,13 @@ class Toy(nn.Module):
         for norm in (m for m in self.modules() if isinstance(m, nn.LayerNorm)):
             nn.init.normal_(norm.weight, 1.0, 0.1)
             nn.init.normal_(norm.bias, 0.0, 0.1)
+        for bias in (self.transposed.bias, self.attention.in_proj_bias, self.attention.out_proj.bias):
+            nn.init.normal_(bias, 0.0, 0.1)  # they start at zero, where what scales a bias has no gradient
         self.batch_first = batch_first
         self._gradient_checkpointing_func: Callable | None = None  # as transformers calls it
 
-    def forward(self, ids: Tensor) -> Tensor:  # (batch, tokens) -> (batch, tokens, vocabulary)
+    def forward(self, ids: Tensor, learn: bool = False) -> Tensor:
+        """Logits (batch, tokens, vocabulary) of (batch, tokens), or a loss, (), for what starts from gradients."""
         x = self.embedding(ids) + self.position(torch.arange(TOKENS, device=ids.device).expand_as(ids))
         x = x + self.transposed(torch.tanh(self.dense(x)))
         image = x.mT  # (batch, width, tokens)
@@ -126,7 +129,8 @@ class Toy(nn.Module):
         for block in self.blocks:
             again = self._gradient_checkpointing_func
             x = block(x) if again is None else again(block.__call__, x)
-        return self.head(self.norm(x))
+        y = self.head(self.norm(x))
+        return y.square().mean() + y[..., 0].mean() if learn else y
 
 
 class Layer(NamedTuple):

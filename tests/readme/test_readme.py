@@ -54,8 +54,8 @@ def test_the_tour_does_what_it_says(names):
 
 def test_the_method_of_the_readme_is_a_whole_file(tmp_path):
     (block,) = [block for block in BLOCKS if "@at.register" in block]
-    (tmp_path / "lora_xs.py").write_text(block)
-    done = subprocess.run([sys.executable, tmp_path / "lora_xs.py"], capture_output=True, text=True, check=False)
+    (tmp_path / "xs.py").write_text(block)
+    done = subprocess.run([sys.executable, tmp_path / "xs.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -108,7 +108,7 @@ def test_the_method_of_the_readme_works_as_it_stands(names, tmp_path):
     model, batch = names["model"], names["batch"]
     names["support"].detach()
     before = model(**batch).logits
-    adapter = at.adapt(model, {"attention.*": at.method("lora_xs")(rank=3), "head": None}, name="xs")
+    adapter = at.adapt(model, {"attention.*": at.method("mine/xs")(rank=3), "head": None}, name="xs")
     assert torch.allclose(model(**batch).logits, before, atol=1e-6)
     assert adapter.count() == 6 * 4 * 9
     for parameter in adapter.parameters():

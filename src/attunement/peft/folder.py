@@ -68,6 +68,7 @@ def load(model: nn.Module, path: str | PathLike[str], name: str = "default", tra
     check_name(model, name)
     recipe, tensors = read(path, model)
     adapter = build(model, chosen(anatomy(model), recipe, None), name)
+    tensors = _placed(adapter, tensors)
     state = adapter.state()
     if unknown := sorted(tensors.keys() - state.keys()):
         raise AttunementError(f"peft: {unknown[0]!r} in {path} has no place in this model")
@@ -76,6 +77,20 @@ def load(model: nn.Module, path: str | PathLike[str], name: str = "default", tra
     adapter.load_state({**state, **tensors})  # the file has no scales: they follow from its configuration
     adapter._trainable = trainable
     return attach(adapter)
+
+
+def _placed(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names that they have here: of a module's output, or shared where the file has them at each module."""
+    found = dict(tensors)
+    for part in adapter.parts:
+        format, start = FORMATS.get(type(part.method)), f"{part.site.name}.weight."
+        if format is None or (format.tied is None and part.site.parameter is not None):
+            continue
+        for key in [key for key in tensors if key.startswith(start)]:
+            name = key.removeprefix(start)
+            shared = None if format.tied is None else format.tied(part, name)
+            found[f"{part.key}.{name}" if shared is None else f"shared.0.{shared}"] = found.pop(key)
+    return found
 
 
 def read(path: str | PathLike[str], model: nn.Module) -> tuple[dict[str, Method | None], dict[str, Tensor]]:
@@ -106,6 +121,9 @@ def read(path: str | PathLike[str], model: nn.Module) -> tuple[dict[str, Method 
     if stored and not contents.keys() >= shared.keys():
         raise AttunementError(f"peft: {folder} has no {', '.join(sorted(shared.keys() - contents.keys()))}")
     modules = _modules(model)
+    numbered = format.numbered if format is not None else {}
+    stacks: dict[str, dict[int, Tensor]] = {}
+    pools: dict[str, dict[str, Tensor]] = {}
     adapted: dict[str, dict[str, Tensor]] = {}
     trained: dict[str, dict[str, Tensor]] = {}
     state: dict[str, Tensor] = {}
@@ -115,6 +133,13 @@ def read(path: str | PathLike[str], model: nn.Module) -> tuple[dict[str, Method 
                 state[f"shared.0.{shared[key]}"] = tensor  # the format's method is the first of the recipe below
             continue
         if format is not None and key.endswith(format.repeated):
+            continue
+        if number := next((key.removeprefix(word) for word in numbered if key.startswith(word)), None):
+            stacks.setdefault(numbered[key.removesuffix(number)], {})[int(number)] = tensor
+            continue
+        kept, _, word = key.removeprefix("base_model.").partition(".")
+        if format is not None and format.category is not None and kept in format.suffixes:
+            pools.setdefault(word, {})[kept] = tensor
             continue
         key = key.removeprefix(PREFIX)
         suffix = next((suffix for suffix in (format.suffixes if format else ()) if key.endswith(f".{suffix}")), None)
@@ -131,6 +156,9 @@ def read(path: str | PathLike[str], model: nn.Module) -> tuple[dict[str, Method 
                 )
             continue
         trained.setdefault(module, {})[parameter] = tensor
+    state.update({f"shared.0.{ours}": torch.stack([rows[i] for i in sorted(rows)]) for ours, rows in stacks.items()})
+    if shared and not adapted:  # all that the file has is shared: where it goes is in the configuration alone
+        adapted = {name: {} for name in _targeted(config, modules)}
     if missing := sorted((adapted.keys() | trained.keys()) - modules.keys()):
         raise AttunementError(f"peft: this model has no module {missing[0]!r}{nearest(missing[0], modules)}")
     places: dict[Method, list[str]] = {}
@@ -140,6 +168,7 @@ def read(path: str | PathLike[str], model: nn.Module) -> tuple[dict[str, Method 
             raise AttunementError(f"peft: {module} is a {layer}, on which {kind} in PEFT has no counterpart here")
         if getattr(modules[module], "groups", 1) != 1:
             raise AttunementError(f"peft: {module} is a grouped convolution, whose adapter in PEFT spans the groups")
+        tensors = {**tensors, **(pools.get(format.category(module), {}) if format.category is not None else {})}
         try:
             method, values = format.read(config, module, modules[module], tensors)
         except KeyError as error:
@@ -207,11 +236,20 @@ def written(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
             _check(part, format)
             mine = {key.rpartition(".")[2]: value for key, value in state.items() if key.rpartition(".")[0] == part.key}
             made = format.write(part, mine)
-            tensors.update({f"{PREFIX}{name}.{suffix}": value for suffix, value in made.items()})
+            for suffix, value in made.items():
+                whole_name = format.category is not None and suffix.endswith(f".{format.category(name)}")
+                tensors[f"base_model.{suffix}" if whole_name else f"{PREFIX}{name}.{suffix}"] = value
         config |= {"peft_type": format.kind, "target_modules": _targets(parts, modules), **format.config(parts)}
+        if format.tied is not None and format.category is None and isinstance(config["target_modules"], str):
+            raise AttunementError(
+                f"peft: PEFT's {types[0]} shares by the last word of a module's name, by which these cannot be selected"
+            )
         if format.shared and format.stored(config):
             first = next(iter(parts.values()))
             tensors.update({theirs: gathered(first.tensor(ours)) for theirs, ours in format.shared.items()})
+        for theirs, ours in format.numbered.items():
+            stack = gathered(next(iter(parts.values())).tensor(ours))
+            tensors.update({f"{theirs}{number}": row for number, row in enumerate(stack)})
         config |= {"modules_to_save": sorted(whole) or None}
         marker = ""
     else:
@@ -235,7 +273,7 @@ def written(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _check(part: Part, format: Format) -> None:
     site, what = part.site, type(part.method).__name__
     layer = type(site.module).__name__
-    if site.view is not None or site.parameter != "weight" or site.batch:
+    if site.view is not None or site.parameter not in (None, "weight") or site.batch:
         raise AttunementError(f"peft: {site.key} is a part of a fused or stacked weight; PEFT adapts whole layers")
     if layer not in format.layers:
         raise AttunementError(
@@ -267,6 +305,18 @@ def _whole_modules(trained: Iterable[Part]) -> set[str]:
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
     """The model's own modules by name, without what adapters keep inside them."""
     return {name: module for name, module in model.named_modules() if f".{CONTAINER}" not in f".{name}"}
+
+
+def _targeted(config: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> list[str]:
+    """The modules that `target_modules` means, as PEFT reads it."""
+    if other := next((field for field in ("exclude_modules", "layers_to_transform") if config.get(field)), None):
+        raise AttunementError(
+            f"peft: the file has no tensor of a module, and {other}={config[other]!r} is not read here"
+        )
+    wanted = config.get("target_modules") or ()
+    if isinstance(wanted, str):
+        return [name for name in modules if re.fullmatch(wanted, name)]
+    return [name for name in modules if name in wanted or name.endswith(tuple(f".{word}" for word in wanted))]
 
 
 def _ends(names: Collection[str], modules: Mapping[str, nn.Module]) -> list[str] | None:

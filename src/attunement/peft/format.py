@@ -40,6 +40,9 @@ class Format:
         shared: names of tensors that all modules share, in the file -> here.
         stored: whether a file of this configuration has them.
         repeated: endings of tensors that say again what others say.
+        numbered: beginnings of names of shared tensors that a number ends, in the file -> the tensor here that stacks them.
+        tied: the name of the shared tensor that a module's tensor is, or None: for files that write it at every module.
+        category: module name -> the word under which the file has what its modules share, `base_model.<suffix>.<word>`.
     """
 
     kind: str
@@ -52,6 +55,9 @@ class Format:
     shared: Mapping[str, str] = field(default_factory=dict)
     stored: Callable[[Config], bool] = always
     repeated: tuple[str, ...] = ()
+    numbered: Mapping[str, str] = field(default_factory=dict)
+    tied: Callable[[Part, str], str | None] | None = None
+    category: Callable[[str], str] | None = None
 
 
 def plain(

@@ -15,7 +15,10 @@ from attunement.errors import AttunementError
 from attunement.method import Method
 from attunement.methods.low_rank.adalora import AdaLoRA
 from attunement.methods.low_rank.dora import DoRA
+from attunement.methods.low_rank.kasa import KaSA
 from attunement.methods.low_rank.lora import LoRA
+from attunement.methods.low_rank.olora import OLoRA
+from attunement.methods.low_rank.pissa import PiSSA
 from attunement.peft.format import Config, Format, Named, number, one, own, patterned, said, transposed
 
 if TYPE_CHECKING:
@@ -24,6 +27,11 @@ if TYPE_CHECKING:
 
 def _read_lora(config: Config, module: str, layer: nn.Module, tensors: Named) -> tuple[Method, Named]:
     start = config.get("init_lora_weights", True)
+    plain = tensors.keys() == {"lora_A.weight", "lora_B.weight"} and all(t.dim() == 2 for t in tensors.values())
+    if start in ("pissa", "olora") and plain:
+        return _read_started(config, module, start, tensors)
+    if "lora_diag" in tensors:
+        return _read_kasa(config, module, tensors)
     if start not in (True, False, None, "gaussian", "eva", "orthogonal"):
         raise AttunementError(
             f"peft: this adapter started from {start!r}, which changed the base weights too; save it in PEFT with "
@@ -44,6 +52,23 @@ def _read_lora(config: Config, module: str, layer: nn.Module, tensors: Named) ->
     if config.get("use_dora"):
         return DoRA(**fields), made
     return LoRA(**fields, dropout=config.get("lora_dropout", 0.0)), made
+
+
+def _read_started(config: Config, module: str, start: str, tensors: Named) -> tuple[Method, Named]:
+    """What stands on a base without its principal part, which PEFT takes off again at load."""
+    A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
+    alpha = said({**config, "module": module}, "lora_alpha", "alpha_pattern", 8)
+    fields: dict[str, Any] = {"rank": A.shape[0], "alpha": alpha, "rank_stabilised": bool(config.get("use_rslora"))}
+    method = PiSSA(**fields, exact=True) if start == "pissa" else OLoRA(**fields)
+    return method, {"A": A, "B": B}
+
+
+def _read_kasa(config: Config, module: str, tensors: Named) -> tuple[Method, Named]:
+    rank, penalties = len(tensors["lora_diag"]), config.get("kasa_config") or {}
+    alpha = said({**config, "module": module}, "lora_alpha", "alpha_pattern", 8)
+    alpha *= rank**0.5 if config.get("use_rslora") else 1
+    method = KaSA(rank=rank, alpha=alpha, beta=penalties.get("beta", 1e-4), gamma=penalties.get("gamma", 1e-3))
+    return method, {"A": tensors["lora_A.weight"], "B": tensors["lora_B.weight"], "d": tensors["lora_diag"]}
 
 
 def _write_lora(part: Part, values: Named) -> Named:
@@ -81,32 +106,57 @@ def _config_lora(parts: Mapping[str, Part]) -> Config:
     }
 
 
-def _write_corda(part: Part, values: Named) -> Named:
+def _write_started(part: Part, values: Named) -> Named:
     """A LoRA of twice the rank on the base as it is, as PEFT converts its own."""
-    A, B = torch.cat([values["A"], values["A0"]]), torch.cat([values["B"], -values["B0"]], dim=1)
+    A0, B0 = (values[name] if name in values else part.tensor(name).cpu() for name in ("A0", "B0"))
+    A, B = torch.cat([values["A"], A0]), torch.cat([values["B"], -B0], dim=1)
     return _write_lora(part, {"A": A, "B": B})
 
 
-def _config_corda(parts: Mapping[str, Part]) -> Config:
-    methods: dict[str, Any] = {name: part.method for name, part in parts.items()}
-    alike: dict[str, Any] = {
-        name: SimpleNamespace(method=LoRA(rank=2 * method.rank, dropout=method.dropout), site=parts[name].site)
-        for name, method in methods.items()
-    }
+def _config_started(parts: Mapping[str, Part]) -> Config:
+    alike: dict[str, Any] = {}
+    for name, part in parts.items():
+        method: Any = part.method
+        alpha, stabilised = getattr(method, "alpha", None) or method.rank, getattr(method, "rank_stabilised", False)
+        alpha *= 2**0.5 if stabilised else 2  # the scale stays that of half the rank
+        dropout = getattr(method, "dropout", 0.0)
+        twice = LoRA(rank=2 * method.rank, alpha=alpha, rank_stabilised=stabilised, dropout=dropout)
+        alike[name] = SimpleNamespace(method=twice, site=part.site)
     return _config_lora(alike)
+
+
+def _write_kasa(part: Part, values: Named) -> Named:
+    return {"lora_A.weight": values["A"], "lora_B.weight": values["B"], "lora_diag": values["d"]}
+
+
+def _config_kasa(parts: Mapping[str, Part]) -> Config:
+    alike: dict[str, Any] = {}
+    for name, part in parts.items():
+        method: Any = part.method
+        alike[name] = SimpleNamespace(method=LoRA(rank=method.rank, alpha=method.alpha), site=part.site)
+    weights = one("KaSA", ((part.method.beta, part.method.gamma) for part in parts.values()))  # type: ignore[attr-defined]
+    return {**_config_lora(alike), "kasa_config": dict(zip(("beta", "gamma"), weights, strict=True))}
 
 
 LORA = Format(
     kind="LORA",
-    suffixes=("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
+    suffixes=(
+        "lora_A.weight",
+        "lora_B.weight",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+        "lora_diag",
+    ),
     fields=frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout"})
-    | {"init_lora_weights"},
+    | {"init_lora_weights", "kasa_config"},
     layers=("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d"),
     read=_read_lora,
     write=_write_lora,
     config=_config_lora,
 )
-CORDA = dataclasses.replace(LORA, write=_write_corda, config=_config_corda)
+STARTED = dataclasses.replace(LORA, write=_write_started, config=_config_started)
+KASA = dataclasses.replace(LORA, layers=("Linear",), write=_write_kasa, config=_config_kasa)
 
 
 # --- AdaLoRA: a file holds the triplets that the masks keep, its configuration their `rank_pattern` ---

@@ -1,4 +1,4 @@
-"""Rotations and singular directions in PEFT's format: HRA, OFT, BOFT, OSF."""
+"""Rotations and singular directions in PEFT's format: HRA, OFT, BOFT, OSF, PSOFT."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from attunement.methods.orthogonal.boft import BOFT
 from attunement.methods.orthogonal.hra import HRA
 from attunement.methods.orthogonal.oft import OFT
 from attunement.methods.orthogonal.osf import OSF
-from attunement.peft.format import Config, Format, Named, most, one
+from attunement.methods.orthogonal.psoft import PSOFT
+from attunement.peft.format import Config, Format, Named, most, one, own
+from attunement.subspace import upright
 
 if TYPE_CHECKING:
     from attunement.part import Part
@@ -61,6 +63,8 @@ def _read_oft(config: Config, module: str, layer: nn.Module, tensors: Named) -> 
 
 
 def _write_oft(part: Part, values: Named) -> Named:
+    if "scale" in values:
+        raise AttunementError(f"peft: OFT in PEFT has no scale of outputs, which {part.site.key} has")
     return {"oft_R.weight": -values["Q"] if part.method.terms is None else values["Q"]}  # type: ignore[attr-defined]
 
 
@@ -135,6 +139,69 @@ def _config_osf(parts: Mapping[str, Part]) -> Config:
 OSF_KEYS = {"U": "U_low", "S": "S_low", "Vh": "V_low"}
 
 
+# --- PSOFT: PEFT decomposes the base again at load, and takes the signs of singular vectors as they come ---
+
+
+def _signs(layer: nn.Module, rank: int) -> torch.Tensor:
+    """By what each entry of the triangle in PEFT's frame differs from that here: (r (r - 1) / 2,)."""
+    Vh = torch.linalg.svd(own(layer, "weight").float(), full_matrices=False)[2][:rank]
+    sign = upright(Vh).cpu()
+    row, column = torch.triu_indices(rank, rank, 1)
+    return sign[row] * sign[column]
+
+
+def _read_psoft(config: Config, module: str, layer: nn.Module, tensors: Named) -> tuple[Method, Named]:
+    magnitudes = [config.get(f"psoft_mag_{end}", True) for end in "ab"]
+    usual = {"ab_svd_init": "psoft_init", "psoft_svd": "full", "psoft_orth": True, "cayley_neumann_eps": None}
+    odd = next((field for field, value in usual.items() if config.get(field, value) != value), None)
+    if odd is not None or magnitudes[0] != magnitudes[1]:
+        raise AttunementError(
+            f"peft: {module} has {odd}={config[odd]!r}, which PSOFT here has not; it reads {usual[odd]!r}"
+            if odd
+            else f"peft: {module} has one of two magnitudes; PSOFT here has both or none"
+        )
+    terms = config.get("num_cayley_neumann_terms", 5) if config.get("use_cayley_neumann") else None
+    if terms is not None and terms < 3:
+        raise AttunementError(
+            f"peft: {module} has a series of {terms} terms, which is no rotation; the least here are 4"
+        )
+    Q = tensors["psoft_R.weight"]
+    rank = config.get("r", 32)
+    method = PSOFT(
+        rank=rank,
+        terms=None if terms is None else max(terms, 4),
+        magnitudes=magnitudes[0],
+        dropout=config.get("psoft_dropout", 0.0),
+        exact=True,
+    )
+    ends = {end: tensors[f"psoft_R.vector_{end}"] for end in "ab" if magnitudes[0]}
+    return method, {"Q": Q * _signs(layer, rank).to(Q), **ends}
+
+
+def _write_psoft(part: Part, values: Named) -> Named:
+    method: Any = part.method
+    if not method.exact and 2 * method.rank < min(part.site.outputs, part.site.inputs):
+        raise AttunementError(
+            f"peft: PEFT rotates the singular vectors of the whole of {part.site.key}; adapt it by PSOFT with exact=True"
+        )
+    Q = values["Q"]
+    ends = {f"psoft_R.vector_{end}": values[end] for end in "ab" if end in values}
+    return {"psoft_R.weight": Q * _signs(part.site.module, method.rank).to(Q), **ends}
+
+
+def _config_psoft(parts: Mapping[str, Part]) -> Config:
+    psoft: Any = one("PSOFT", (part.method for part in parts.values()))
+    return {
+        "r": psoft.rank,
+        "psoft_alpha": psoft.rank,
+        "psoft_dropout": psoft.dropout,
+        "psoft_mag_a": psoft.magnitudes,
+        "psoft_mag_b": psoft.magnitudes,
+        "use_cayley_neumann": psoft.terms is not None,
+        "num_cayley_neumann_terms": psoft.terms or 5,
+    }
+
+
 HRA_ = Format(
     kind="HRA",
     suffixes=("hra_u",),
@@ -171,4 +238,15 @@ OSF_ = Format(
     read=_read_osf,
     write=_write_osf,
     config=_config_osf,
+)
+PSOFT_ = Format(
+    kind="PSOFT",
+    suffixes=("psoft_R.weight", "psoft_R.vector_a", "psoft_R.vector_b"),
+    fields=frozenset({"r", "psoft_alpha", "psoft_dropout", "psoft_mag_a", "psoft_mag_b", "psoft_orth", "ab_svd_init"})
+    | {"psoft_svd", "psoft_svd_lowrank_niter", "random_seed", "use_cayley_neumann", "num_cayley_neumann_terms"}
+    | {"cayley_neumann_eps"},
+    layers=("Linear",),
+    read=_read_psoft,
+    write=_write_psoft,
+    config=_config_psoft,
 )

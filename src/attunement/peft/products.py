@@ -6,17 +6,21 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from attunement.errors import AttunementError
 from attunement.method import Method
+from attunement.methods.bottleneck.bottleneck import ACTIVATIONS
 from attunement.methods.low_rank.bone import Bone
 from attunement.methods.low_rank.delora import DeLoRA
+from attunement.methods.low_rank.glora import GLoRA
 from attunement.methods.low_rank.gralora import GraLoRA
 from attunement.methods.low_rank.hira import HiRA
 from attunement.methods.low_rank.loha import LoHa
 from attunement.methods.low_rank.lokr import LoKr
 from attunement.methods.low_rank.miss import MiSS
+from attunement.methods.low_rank.peanut import PEANuT
 from attunement.methods.low_rank.randlora import RandLoRA
 from attunement.methods.low_rank.vb_lora import VBLoRA
 from attunement.methods.orthogonal.road import RoAd
@@ -197,6 +201,98 @@ ROAD = plain(
     passed_over=("variant",),
     sizes=lambda config, t: {"variant": int(config.get("variant", "road_1").removeprefix("road_"))},
     also=lambda parts: {"variant": f"road_{one('variant', each(parts, lambda method: method.variant).values())}"},
+)
+
+
+# --- PEANuT: its layers are numbered ---
+
+_DEEPEST = 16
+_LAYERS = {"peanut_encoders": "E", "peanut_decoders": "D"}
+
+
+def _read_peanut(config: Config, module: str, layer: nn.Module, tensors: Named) -> tuple[Method, Named]:
+    depth, activation = config.get("depth", 0), config.get("act_fn", "relu")
+    if activation not in ACTIVATIONS or depth > _DEEPEST:
+        raise AttunementError(
+            f"peft: {module} has act_fn={activation!r} and depth={depth}; PEANuT here has one of "
+            f"{', '.join(ACTIVATIONS)} and is read to a depth of {_DEEPEST}"
+        )
+    values = {"A": tensors["peanut_A.weight"], "B": tensors["peanut_B.weight"]}
+    if depth:
+        values |= {
+            ours: torch.stack([tensors[f"{theirs}.{i}.weight"] for i in range(depth)])
+            for theirs, ours in _LAYERS.items()
+        }
+    rank, scale = values["A"].shape[0], config.get("scaling", 1.0)
+    return PEANuT(rank=rank, depth=depth, scale=scale, activation=activation), values
+
+
+def _write_peanut(part: Part, values: Named) -> Named:
+    made = {"peanut_A.weight": values["A"], "peanut_B.weight": values["B"]}
+    for theirs, ours in _LAYERS.items():
+        made |= {f"{theirs}.{i}.weight": layer for i, layer in enumerate(values.get(ours, ()))}
+    return made
+
+
+def _config_peanut(parts: Parts) -> Config:
+    peanut: Any = one("PEANuT", each(parts, lambda method: method).values())
+    return {"r": peanut.rank, "depth": peanut.depth, "scaling": peanut.scale, "act_fn": peanut.activation}
+
+
+PEANUT = Format(
+    kind="PEANUT",
+    suffixes=(
+        "peanut_A.weight",
+        "peanut_B.weight",
+        *(f"{theirs}.{i}.weight" for theirs in _LAYERS for i in range(_DEEPEST)),
+    ),
+    fields=frozenset({"r", "depth", "scaling", "act_fn"}),
+    layers=("Linear",),
+    read=_read_peanut,
+    write=_write_peanut,
+    config=_config_peanut,
+)
+
+# --- GLoRA: what is missing stands as zeros ---
+
+
+def _read_glora(config: Config, module: str, layer: nn.Module, tensors: Named) -> tuple[Method, Named]:
+    values: dict[str, Tensor] = {}
+    for suffix, tensor in tensors.items():
+        name, end = suffix.removeprefix("glora_").split(".")
+        if end == "X":
+            values[name] = tensor.reshape(-1, 1) if tensor.numel() > 1 else tensor.reshape(())
+        elif end != "zeros":
+            values[f"{name}_{'left' if end == 'Xd' else 'right'}"] = tensor
+    shapes = {"weights": "config_A_B", "coupling": "config_C", "shifts": "config_D_E"}
+    fields: dict[str, Any] = {ours: config[theirs] for ours, theirs in shapes.items() if theirs in config}
+    return GLoRA(rank=config.get("r", 8), **fields), values
+
+
+def _write_glora(part: Part, values: Named) -> Named:
+    made = {}
+    for name, tensor in values.items():
+        letter, _, side = name.partition("_")
+        flat = letter in "DE" or not tensor.dim()
+        end = {"left": "Xd", "right": "Xu"}.get(side, "X")
+        made[f"glora_{letter}.{end}"] = tensor.reshape(-1) if flat and not side else tensor
+    return made
+
+
+def _config_glora(parts: Parts) -> Config:
+    glora: Any = one("GLoRA", each(parts, lambda method: method).values())
+    shapes = {"config_A_B": glora.weights, "config_C": glora.coupling, "config_D_E": glora.shifts}
+    return {"r": glora.rank, **shapes, "bias": "none"}
+
+
+GLORA = Format(
+    kind="GLORA",
+    suffixes=tuple(f"glora_{letter}.{end}" for letter in "ABCDE" for end in ("Xd", "Xu", "X", "zeros")),
+    fields=frozenset({"r", "config_A_B", "config_C", "config_D_E"}),
+    layers=("Linear",),
+    read=_read_glora,
+    write=_write_glora,
+    config=_config_glora,
 )
 
 

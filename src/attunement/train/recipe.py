@@ -51,6 +51,10 @@ def parse(text: str) -> Any:
 OURS = {"output_dir", "seed", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "remove_unused_columns"}
 
 
+SHORT = {"lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
+"""What people call some training arguments."""
+
+
 class Training(Section):
     """Arguments of `transformers.TrainingArguments`, any of them, by their own names. These have defaults of ours."""
 
@@ -88,7 +92,8 @@ class Training(Section):
             if name in OURS:
                 raise ValueError(f"{name!r} is set by the recipe itself (output, seed), not under training")
             if name not in arguments:
-                alike = [known for known in arguments if name in known.split("_")]
+                short = [SHORT[name]] if name in SHORT else []
+                alike = short + [known for known in arguments if name in known.split("_")]
                 hint = f"; nearest: {', '.join(map(repr, alike[:3]))}" if alike else nearest(name, arguments)
                 raise ValueError(f"unknown training argument {name!r}{hint}")
         return self

@@ -126,8 +126,8 @@ class Trainer(transformers.Trainer):
                     self.args.ddp_find_unused_parameters = True  # every step leaves other parameters out
                 result = done or super().train(resume_from_checkpoint, *args, **kwargs)
                 following = [adapter.succeed() for adapter in trained_adapters(self.adapted).values()]
-                if not any(following) or not any(_learns(adapter) for adapter in following if adapter is not None):
-                    return result  # over, or in a last form of what was learned, in which nothing trains
+                if not any(following):
+                    return result
                 self._set_phase(self.phase + 1)
                 resume_from_checkpoint = done = None
                 self.optimizer = self.lr_scheduler = None
@@ -313,12 +313,6 @@ class _BeforeStep(transformers.TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for adapter in _stepped(self.trainer.adapted, state):
             adapter.before_step()
-
-
-def _learns(adapter: Adapter) -> bool:
-    """Whether a method with phases trains anything in the one that it is in."""
-    groups = [g for g in adapter.groups_ if type(g.method).succeed is not at.Method.succeed]
-    return any(p.numel() for group in groups for holder in group.holders() for p in holder.parameters())
 
 
 def _stepped(model: nn.Module, state: Any) -> Iterator[Adapter]:

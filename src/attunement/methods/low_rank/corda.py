@@ -10,9 +10,10 @@ from torch import Tensor
 
 from attunement.errors import AttunementError
 from attunement.method import Tensors, WeightMethod, fixed, register
-from attunement.methods._low_rank import too_large
+from attunement.methods._low_rank import moved, too_large
 from attunement.site import Site
 from attunement.statistics import Statistics, out_of_sight
+from attunement.subspace import singular
 
 
 @register("low_rank/corda", source="https://arxiv.org/abs/2406.05223")
@@ -61,8 +62,9 @@ class CorDA(WeightMethod):
             if not info and torch.dist(damped @ inverse, identity) < 0.05:
                 break
             damping *= 2
-        U, S, Vh = torch.linalg.svd(W @ damped, full_matrices=False)
-        kept = slice(self.rank) if self.mode == "ipm" else slice(len(S) - self.rank, None)
+        most = min(W.shape)  # the smallest triplets need all of them
+        U, S, Vh = singular(W @ damped, self.rank if self.mode == "ipm" else most)
+        kept = slice(self.rank) if self.mode == "ipm" else slice(most - self.rank, None)
         root = S[kept].sqrt()  # (rank,)
         return self._from(U[:, kept] * root, root[:, None] * (Vh[kept] @ inverse))
 
@@ -72,5 +74,5 @@ class CorDA(WeightMethod):
     def refuse(self, site: Site) -> str | None:
         return too_large(self.rank, site) or out_of_sight(site)
 
-    def factors(self, _: Tensor, A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.cat([B, B - B0], dim=-1), torch.cat([A - A0, A0], dim=-2)  # (out, 2 rank), (2 rank, in)
+    def factors(self, _: Tensor, A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, ...]:
+        return moved(B, A, B0, A0)  # (out, 2 rank), (2 rank, in)

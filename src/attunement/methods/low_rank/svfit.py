@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
 from attunement.method import Tensors, WeightMethod, register, seeded
 from attunement.methods._low_rank import too_large
 from attunement.site import Site
+from attunement.subspace import singular
 
 
 @register("low_rank/svfit", source="https://arxiv.org/abs/2409.05926")
@@ -24,7 +24,8 @@ class SVFit(WeightMethod):
             store, but U and Vh are held beside W. The paper takes as many as hold 99 % of W.
 
     Start: sigma = start. U, Vh and start are computed again from the base at load, never stored: where singular values
-    coincide the vectors are not unique, and another machine's SVD may choose others.
+    coincide the vectors are not unique, and another machine's SVD may choose others. A small rank of a large matrix is
+    found by random projection.
     No public code was found for this paper; the formula is from its text, the placement from LoRA, which it follows.
     """
 
@@ -33,12 +34,12 @@ class SVFit(WeightMethod):
     rank: PositiveInt | None = None
 
     def tensors(self, site: Site) -> Tensors:
-        U, sigma, Vh = torch.linalg.svd(site.weight, full_matrices=False)
+        U, sigma, Vh = singular(site.weight, self.rank or min(site.outputs, site.inputs))
         return {
-            "sigma": sigma[: self.rank].clone(),  # (rank,)
-            "start": seeded(sigma[: self.rank].clone()),  # (rank,)
-            "U": seeded(U[:, : self.rank].contiguous()),  # (out, rank)
-            "Vh": seeded(Vh[: self.rank].contiguous()),  # (rank, in)
+            "sigma": sigma.clone(),  # (rank,)
+            "start": seeded(sigma.clone()),  # (rank,)
+            "U": seeded(U.contiguous()),  # (out, rank)
+            "Vh": seeded(Vh.contiguous()),  # (rank, in)
         }
 
     def refuse(self, site: Site) -> str | None:

@@ -31,6 +31,7 @@ class OFT(WeightMethod):
             a solve; PEFT's default is 5, where the error is about ||Q||^4.
         constraint: COFT's epsilon: ||Q_i|| is kept at most epsilon / sqrt(n), in the Frobenius norm; 6e-5 in PEFT.
         shared_block: one R_i for all blocks.
+        scaled: W' is diag(scale) W R^T, with a trained scale (out,) that starts at one: the authors' "magnitude" variant.
 
     Start: Q zero, so that W' = W. Q is kept as the strict upper triangles of its blocks (n, b (b - 1) / 2).
     PEFT turns the other way where it solves: its exact R is (I - Q)(I + Q)^-1, its series is that of (I + Q)(I - Q)^-1.
@@ -44,6 +45,7 @@ class OFT(WeightMethod):
     terms: Annotated[int, Field(ge=4)] | None = None
     constraint: PositiveFloat | None = None
     shared_block: bool = False
+    scaled: bool = False
 
     @property
     def cannot(self) -> Mapping[str, str]:  # type: ignore[override]
@@ -51,7 +53,8 @@ class OFT(WeightMethod):
 
     def tensors(self, site: Site) -> Tensors:
         blocks = 1 if self.shared_block else site.inputs // self.block_size
-        return {"Q": torch.zeros(blocks, angles(self.block_size))}  # (n, b (b - 1) / 2)
+        scale = {"scale": torch.ones(site.outputs)} if self.scaled else {}  # (out,)
+        return {"Q": torch.zeros(blocks, angles(self.block_size)), **scale}  # (n, b (b - 1) / 2)
 
     def refuse(self, site: Site) -> str | None:
         return indivisible(site.inputs, self.block_size)
@@ -72,8 +75,12 @@ class OFT(WeightMethod):
     def input(self, x: Tensor, Q: Tensor) -> Tensor:
         return turned(x.unflatten(-1, (-1, self.block_size)), self.turns(Q)).flatten(-2)  # (..., in)
 
-    def weight(self, W: Tensor, Q: Tensor) -> Tensor:
-        return turned(W.unflatten(-1, (-1, self.block_size)), self.turns(Q).mT).flatten(-2)  # (out, in)
+    def form(self, site: Site) -> str:
+        return "weight" if self.scaled else "input"
+
+    def weight(self, W: Tensor, Q: Tensor, scale: Tensor | None = None) -> Tensor:
+        W = turned(W.unflatten(-1, (-1, self.block_size)), self.turns(Q).mT).flatten(-2)  # (out, in)
+        return W if scale is None else scale[:, None] * W
 
     def before_step(self, adapter: Adapter, parts: Sequence[Part]) -> None:
         for part in parts if self.constraint is not None else ():

@@ -91,7 +91,10 @@ class LTSFT(ParameterMethod):
         return {
             part.site: (
                 method,
-                {"values": sizes[part].new_zeros(len(index)), "index": fixed(index.to(integer(part.site.weight.numel())))},
+                {
+                    "values": sizes[part].new_zeros(len(index)),
+                    "index": fixed(index.to(integer(part.site.weight.numel()))),
+                },
             )
             for part, index in found.items()
             if len(index)

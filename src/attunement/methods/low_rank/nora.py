@@ -1,0 +1,57 @@
+"""NoRA: a LoRA inside a LoRA whose factors come from the weight and stay."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from attunement.method import Tensors, WeightMethod, kaiming, register, seeded
+from attunement.methods._low_rank import too_large
+from attunement.site import Site
+from attunement.subspace import singular
+
+
+@register("low_rank/nora", source="https://arxiv.org/abs/2408.10280")
+class NoRA(WeightMethod):
+    """Nested low-rank adaptation: W' = W + U sqrt(S) (B A) sqrt(S) V^T, trained B (rank, inner), A (inner, rank).
+
+    U (out, rank), S and V^T (rank, in) are the largest singular triplets of W: the outer LoRA, frozen.
+
+    Args:
+        rank: of the outer LoRA, at most min(out, in). 32.
+        inner_rank: at most `rank`; None is a quarter of it. 2 * rank * inner_rank numbers a matrix.
+        dropout: on x of the change, in training only.
+        exact: decompose the whole of W; else a random projection where W is large beside the rank.
+
+    Start: A uniform in ±1/sqrt(rank), B zero, as LoRA. The outer factors are computed again from the base at load, not
+    stored: signs are fixed, but where singular values coincide another machine may find other vectors.
+    No code is public, and only the abstract was read: the split of S, the start of the inner LoRA and the ranks are ours.
+    """
+
+    placement: ClassVar[str] = "attention.{query,value}"
+
+    rank: PositiveInt = 32
+    inner_rank: PositiveInt | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    exact: bool = False
+
+    def tensors(self, site: Site) -> Tensors:
+        U, S, Vh = singular(site.weight, self.rank, exact=self.exact)
+        inner, root = self.inner_rank or max(1, self.rank // 4), S.sqrt()
+        return {
+            "A": kaiming(inner, self.rank),  # (inner, rank)
+            "B": torch.zeros(self.rank, inner),  # (rank, inner)
+            "left": seeded(U * root),  # (out, rank)
+            "right": seeded(root[:, None] * Vh),  # (rank, in)
+        }
+
+    def refuse(self, site: Site) -> str | None:
+        if self.inner_rank is not None and self.inner_rank > self.rank:
+            return f"inner_rank {self.inner_rank} is larger than the rank {self.rank} around it; the largest is {self.rank}"
+        return too_large(self.rank, site)
+
+    def factors(self, _: Tensor, A: Tensor, B: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
+        return left, B, A, right
