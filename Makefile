@@ -7,13 +7,13 @@ TORCH_ARGS ?=
 # one thread a process: the tests already run in as many processes as there are cores
 THREADS = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test install dev lint format types bench readme docs clean
+.PHONY: demo test install dev lint format types bench readme results docs clean
 
 demo: $(VENV)/demo
 	$(BIN)/attune demo
 
 test: $(VENV)/dev
-	$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -n auto --dist worksteal $(ARGS)
+	$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -n auto --dist worksteal -rs $(ARGS)
 
 install: $(VENV)/demo
 	@echo 'source $(VENV)/bin/activate   # then `attune` and `import attunement` work in this shell'
@@ -48,6 +48,10 @@ bench: $(VENV)/dev
 
 readme: $(VENV)/dev
 	$(BIN)/python docs/readme.py
+
+# What attune recommend knows without a study: the final runs of docs/studies in one file of the package
+results: $(VENV)/dev
+	$(BIN)/python -m attunement.compare.shipped docs/studies
 
 docs: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"

@@ -13,11 +13,13 @@ import transformers
 
 from benchmarks.accuracy import accuracy
 from benchmarks.bars import BARS, ONE_THREAD, Result
+from benchmarks.methods import METHOD_BARS
 from benchmarks.report import show, write, write_table
 
 
 def main() -> None:
-    every = [*BARS, "accuracy"]
+    bars = {**BARS, **METHOD_BARS}
+    every = [*bars, "accuracy"]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Attunement beside PEFT on this machine.")
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(every)}; all but the last by default")
     parser.add_argument("--accuracy", action="store_true", help="train MiniLM on banking77 on both sides too: minutes")
@@ -30,9 +32,9 @@ def main() -> None:
     warnings.simplefilter("ignore", FutureWarning)
     cores, seconds = torch.get_num_threads(), 2.0 if asked.quick else 20.0
     done: list[Result] = []
-    for name in asked.names or (every if asked.accuracy else BARS):
+    for name in asked.names or (every if asked.accuracy else bars):
         torch.set_num_threads(asked.threads or (1 if name in ONE_THREAD else cores))
-        found = list(accuracy() if name == "accuracy" else BARS[name](seconds))
+        found = list(accuracy() if name == "accuracy" else bars[name](seconds))
         show(found)
         done += found
         if not asked.quick:

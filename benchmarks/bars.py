@@ -24,7 +24,7 @@ class Result:
 
     Attributes:
         bar: what is compared; `limit`: the largest ratio of ours to theirs that meets it, if any.
-        unit: "s", "bytes" or "share", that of `ours` and `peft`; times are medians.
+        unit: "s", "bytes", "count" or "share", that of `ours` and `peft`; times are medians.
         low, high: 95 % interval of the ratio.
         reach: the bar is met where the interval reaches it; otherwise the ratio itself has to.
         details: further figures, in seconds.
@@ -68,7 +68,7 @@ def attach(seconds: float) -> Iterator[Result]:
         ("attach, 16 sites of 8 layers", llama(), few),
         ("attach, 224 sites of 32 layers of 512", llama(32, 512), ({"on": LINEAR}, LINEAR_NAMES)),
     ):
-        fresh = _copies(base)
+        fresh = copies(base)
         cases = {
             "ours": Case(lambda model, here=here: at.adapt(model, at.LoRA(rank=8), **here), fresh),
             "peft": Case(
@@ -81,31 +81,31 @@ def attach(seconds: float) -> Iterator[Result]:
         yield timed(what, 0.2, cases, seconds)
 
 
-def _copies(base: nn.Module) -> Callable[[], nn.Module]:
+def copies(base: nn.Module) -> Callable[[], nn.Module]:
     """Copies of a model that share its weights, which nothing here writes to; 32 layers would take a second."""
     shared = {id(t): t for t in (*base.parameters(), *base.buffers())}
     return lambda: copy.deepcopy(base, dict(shared))
 
 
-def _step(model: nn.Module, ids: Tensor | None = None, labels: Tensor | None = None) -> Case:
+def step(model: nn.Module, ids: Tensor | None = None, labels: Tensor | None = None) -> Case:
     """A training step: forward, backward, AdamW; 4 rows of 64 tokens unless said."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = tokens(4, 64) if ids is None else ids
     labels = ids if labels is None else labels
 
-    def step(_: None) -> None:
+    def run(_: None) -> None:
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return Case(step)
+    return Case(run)
 
 
 def lora_step(seconds: float) -> Iterator[Result]:
     """A training step of LoRA rank 8 on all linear layers, and what its forward pass keeps."""
     ours, theirs = both(llama(), at.LoRA(rank=8))
-    yield timed("LoRA step", 1.0, {"ours": _step(ours), "peft": _step(theirs)}, seconds, reach=True)
+    yield timed("LoRA step", 1.0, {"ours": step(ours), "peft": step(theirs)}, seconds, reach=True)
     ids = tokens(4, 64)
     kept = [saved_bytes(model, lambda model=model: model(input_ids=ids, labels=ids).loss) for model in (ours, theirs)]
     ratio = kept[0] / kept[1]
@@ -133,7 +133,7 @@ def other_steps(seconds: float) -> Iterator[Result]:
     """A training step of HRA rank 8, VeRA rank 256 and DoRA rank 8 on all linear layers."""
     for method, limit in ((at.HRA(rank=8), 0.7), (at.VeRA(rank=256), 1.0), (at.DoRA(rank=8), 1.0)):
         ours, theirs = both(llama(), method)
-        cases = {"ours": _step(ours), "peft": _step(theirs)}
+        cases = {"ours": step(ours), "peft": step(theirs)}
         yield timed(f"{type(method).__name__} step", limit, cases, seconds)
 
 
@@ -157,7 +157,7 @@ def prompt_steps(seconds: float) -> Iterator[Result]:
         with torch.no_grad():
             apart = ours(input_ids=ids).logits - theirs.eval()(input_ids=ids).logits[:, -64:]
         assert apart.abs().max() < 1e-4, "the two sides are not the same function"
-        yield timed(f"{type(method).__name__} step", 1.1, {"ours": _step(ours), "peft": _step(theirs)}, seconds)
+        yield timed(f"{type(method).__name__} step", 1.1, {"ours": step(ours), "peft": step(theirs)}, seconds)
 
 
 def side_networks(seconds: float) -> Iterator[Result]:
@@ -181,7 +181,7 @@ def side_networks(seconds: float) -> Iterator[Result]:
         ratio = kept["LST"] / kept["full"]
         bar = f"LST on {what}, bytes saved for backward, beside full fine-tuning"
         yield Result(bar, 0.35, "bytes", kept["LST"], kept["full"], ratio, ratio, ratio, details=details)
-        cases = {"ours": _step(sides["LST"], ids, labels), "peft": _step(sides["LoRA"], ids, labels)}
+        cases = {"ours": step(sides["LST"], ids, labels), "peft": step(sides["LoRA"], ids, labels)}
         yield timed(f"LST on {what}, step beside LoRA's on query and value", 0.85, cases, seconds)
 
 
@@ -235,7 +235,7 @@ def save_and_load(seconds: float) -> Iterator[Result]:
             "peft": Case(theirs.save_pretrained, emptied(there)),
         }
         yield timed("save", 1.0, cases, seconds)
-        fresh = _copies(base)
+        fresh = copies(base)
         cases = {
             "ours": Case(lambda model: at.load(model, here), fresh),
             "peft": Case(lambda model: PeftModel.from_pretrained(model, there), fresh),
@@ -243,7 +243,7 @@ def save_and_load(seconds: float) -> Iterator[Result]:
         yield timed("load", 1.0, cases, seconds)
 
 
-ONE_THREAD = ("attach", "one-token", "save-load")
+ONE_THREAD = ("attach", "one-token", "save-load", "method-attach")
 """Bars that measure what happens around the products. The others get all cores, as training and serving do: on one core
 the products of the bare model outweigh what either side adds."""
 

@@ -25,6 +25,8 @@ def amount(value: float, unit: str) -> str:
     """A figure as a person reads it: `12.3 ms`, `4.56 MB`, `8.8 %`."""
     if unit == "share":
         return f"{value:.2%}"
+    if unit == "count":
+        return f"{value:,.0f}"
     if unit == "bytes":
         return f"{value / 1e6:.2f} MB"
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"

@@ -23,6 +23,7 @@ GUIDE = {
     "Choosing sites": "guide/sites.md",
     "Several adapters": "guide/several.md",
     "Training": "guide/training.md",
+    "Comparing methods": "guide/comparing.md",
     "Saving and serving": "guide/saving.md",
     "Writing a method": "guide/writing.md",
 }
@@ -30,10 +31,17 @@ PUBLIC = {
     "Adapting": ("adapt", "use", "using", "adapters", "detach", "anatomy", "Adapter"),
     "Saving": ("load", "to_lora"),
     "Several adapters": ("Sum", "Stack", "Average", "Weighted", "Rows"),
-    "Training": ("Trainer", "Callback"),
+    "Training": ("Trainer", "Callback", "open_run"),
     "Writing methods": ("register", "method", "methods", "Method"),
     "Errors": ("AttunementError",),
 }
+MODULES = {
+    "Recipes": "attunement.recipes",
+    "TRL": "attunement.trl",
+    "Optimisers": "attunement.optim",
+    "Compression": "attunement.compression",
+}
+"""Modules of which everything public is shown."""
 KINDS = {
     "matrix": "weights of layers, each as a matrix (out, in)",
     "output": "what modules and sublayers give",
@@ -62,13 +70,21 @@ def bases() -> dict[str, torch.nn.Module]:
         }
 
 
+def batch(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a method that starts from data is shown; its values say nothing about the cost."""
+    generator = torch.Generator().manual_seed(0)
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(1, 3, 224, 224, generator=generator)}
+    return {"input_ids": torch.randint(1000, (4, 64), generator=generator)}
+
+
 def cost(method: at.Method) -> str:
     """A table of the tensors that a method has at each site of one block, and of what it trains."""
     for what, model in bases().items():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                adapter = at.adapt(model, method)
+                adapter = at.adapt(model, method, data=[batch(model)] if method.needs else None)
         except AttunementError:
             continue
         try:
@@ -116,8 +132,9 @@ def described(doc: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text in which stars and underscores are themselves."""
-    return re.sub(r"([*_])", r"\\\1", text)
+    """Text in which stars and underscores are themselves; code in backticks is left as it is."""
+    pieces = text.split("`")
+    return "`".join(piece if i % 2 else re.sub(r"([*_])", r"\\\1", piece) for i, piece in enumerate(pieces))
 
 
 def example(cls: Any) -> at.Method | None:
@@ -134,7 +151,9 @@ def page(name: str) -> str:
     doc = described(inspect.cleandoc(cls.__doc__ or ""))
     made = example(cls)
     parts = [f"# {cls.__name__}", "", f"`{name}` · acts on {KINDS[cls.acts_on]} · [source]({cls.source})", "", doc, ""]
-    call = f"at.adapt(model, at.{cls.__name__}())" if hasattr(at, cls.__name__) else f"at.method({name!r})()"
+    given = ", data=batches" if cls.needs else ""
+    made_by = f"at.{cls.__name__}()" if hasattr(at, cls.__name__) else f"at.method({name!r})()"
+    call = f"at.adapt(model, {made_by}{given})"
     parts += ["## Use", "", f"```python\nimport attunement as at\n\nadapter = {call}\n```", ""]
     parts += ["| field | default |", "|---|---|"]
     for field in dataclasses.fields(cls):
@@ -171,6 +190,11 @@ def main() -> None:
         path = f"reference/{title.lower().replace(' ', '_')}.md"
         with mkdocs_gen_files.open(path, "w") as file:
             file.write(f"# {title}\n\n" + "".join(f"::: {where(name)}\n\n" for name in names))
+        navigation["Reference", title] = path
+    for title, module in MODULES.items():
+        path = f"reference/{title.lower()}.md"
+        with mkdocs_gen_files.open(path, "w") as file:
+            file.write(f"# {title}\n\n::: {module}\n")
         navigation["Reference", title] = path
     with mkdocs_gen_files.open("SUMMARY.md", "w") as file:
         file.writelines(navigation.build_literate_nav())

@@ -18,6 +18,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from attunement.compare.command import compare
+from attunement.compare.recommend import recommend
 from attunement.errors import AttunementError, nearest
 
 app = typer.Typer(
@@ -142,7 +144,7 @@ def method_card(found: type[Any]) -> Group:
     for word, reason in (said.cannot if isinstance(said.cannot, Mapping) else {}).items():
         facts.add_row(Text(f"no {word}", style="bold"), Text(reason))
     facts.add_row(Text("source", style="bold"), Text(found.source, overflow="fold"))
-    lines = [Padding(line.strip(), (0, 0, 0, len(line) - len(line.lstrip()))) for line in unfolded(found.__doc__)]
+    lines = [Padding(Text(line.strip()), (0, 0, 0, len(line) - len(line.lstrip()))) for line in unfolded(found.__doc__)]
     shown_fields = fields if fields.row_count else Text("It has no fields.")
     return Group(Text(found.name, style="bold cyan"), "", *lines, "", shown_fields, "", facts)
 
@@ -306,6 +308,10 @@ def export(
     from attunement.train.run import export_folder
 
     console.print(export_folder(run, to, out, rank, imports), highlight=False, markup=False, soft_wrap=True)
+
+
+app.command(rich_help_panel="Compare")(compare)
+app.command(rich_help_panel="Compare")(recommend)
 
 
 @app.command(rich_help_panel="Train")

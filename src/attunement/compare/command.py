@@ -1,0 +1,178 @@
+"""`attune compare`: what a person types, sees while it goes on, and reads at the end."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.text import Text
+
+from attunement.errors import AttunementError, nearest
+
+if TYPE_CHECKING:
+    from attunement.compare.engine import Tally
+    from attunement.compare.study import Study
+
+
+def compare(
+    file: Annotated[Path | None, typer.Argument(metavar="[STUDY.yaml]", help="The study.")] = None,
+    model: Annotated[str | None, typer.Option(help="A folder or a hub id, where there is no study file.")] = None,
+    data: Annotated[str | None, typer.Option(help="The training rows: a CSV, JSON-lines or Parquet file.")] = None,
+    test: Annotated[
+        str | None, typer.Option(help="The rows for the final runs; held out of --data by default.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="classification, regression, causal-lm or image-classification.")] = (
+        "classification"
+    ),
+    methods: Annotated[str, typer.Option(help="Names and globs: 'lora,vera,low_rank/*'.")] = "lora,ia3,bottleneck,lst",
+    budget: Annotated[str | None, typer.Option(help="90s, 30m, 2h: no further trial starts after it.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the study; by default that of the data file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder; by default runs/compare/NAME.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="A database that several machines share: postgresql://...")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that work side by side.")] = None,
+    on: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
+    demo: Annotated[bool, typer.Option("--demo", help="Four methods on MiniLM and a part of banking77.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Only write the report of what there is.")] = False,
+) -> None:
+    """Compare methods on your model and data: a search of the rate for each, then seeds, then one page.
+
+    The same command goes on where it was stopped; further ones beside it share the work.
+    """
+    from attunement import cli
+    from attunement.compare.study import seconds
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise AttunementError("compare: every trial runs in one process; start it without a launcher, with --workers")
+    places = ("local", "ray")
+    if on not in places:
+        raise AttunementError(f"--on must be one of {', '.join(places)}, got {on!r}{nearest(on, places)}")
+    study = _study(file, model, data, test, task, methods, name, demo, out)
+    changed = {"budget": budget or study.budget, "storage": storage or study.storage}
+    changed |= {"output": str(out)} if out is not None else {}
+    seconds(changed["budget"])
+    study = study.model_copy(update=changed)
+    if report:
+        from attunement.compare.engine import publish
+
+        publish(study.folder)
+    else:
+        run(cli.console, study, on, workers)
+    cli.console.print(Text.assemble("The page: ", (str(study.folder / "report.html"), "bold")), soft_wrap=True)
+
+
+def _study(
+    file: Path | None,
+    model: str | None,
+    data: str | None,
+    test: str | None,
+    task: str,
+    methods: str,
+    name: str | None,
+    demo: bool,
+    out: Path | None,
+) -> Study:
+    from attunement.compare import demo as demonstration
+    from attunement.compare.study import load, made
+
+    ways = [file is not None, bool(model or data), demo]
+    if sum(ways) != 1:
+        said = "several" if sum(ways) else "none"
+        raise AttunementError(
+            f"compare: expected one of STUDY.yaml, --model with --data, and --demo; got {said} of them"
+        )
+    if demo:
+        return demonstration.study(out)
+    if file is not None:
+        return load(file)
+    if not (model and data):
+        raise AttunementError(f"compare: --{'data' if model else 'model'} is missing")
+    values: dict[str, Any] = {"model": model, "data": {"train": data}, "task": task, "methods": methods}
+    if test:
+        values["data"]["test"] = test
+    values["name"] = name or Path(data).name.partition(".")[0]
+    return made(values, "compare")
+
+
+def run(console: Console, study: Study, on: str, workers: int | None) -> Tally:
+    """The whole study with a display; Ctrl-C keeps what is done and says how to go on."""
+    from attunement.compare import fan_out
+    from attunement.compare.engine import Engine
+    from attunement.train.words import command, near
+
+    display = Display(console, workers or 1)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if on == "ray":
+            tally = fan_out.on_ray(study, workers, display)
+        elif workers is not None and workers > 1:
+            tally = fan_out.on_processes(study, workers, display)
+        else:
+            engine = Engine(study, display)
+            if engine.base.told:
+                console.print(engine.base.told, soft_wrap=True)
+            tally = engine.work()
+    except KeyboardInterrupt:
+        display.close()
+        again = f"{command()} {shlex.join(sys.argv[1:])}"
+        kept = f"\nStopped; {display.done} finished trials are kept in {near(study.folder)}. Go on with: "
+        console.print(Text.assemble(kept, (again, "bold")), soft_wrap=True)
+        raise typer.Exit(130) from None
+    finally:
+        display.close()
+        signal.signal(signal.SIGTERM, before)
+    for said in tally.missing:
+        console.print(Text(f"Not run: {said}", style="yellow"), soft_wrap=True)
+    if tally.busy:
+        console.print(
+            f"{tally.done} trials; {tally.busy:.0f} s of training and evaluating, {tally.measuring:.0f} s of measuring "
+            f"costs, {tally.loading:.0f} s of loading; the arena itself added {tally.overhead:.1%}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return tally
+
+
+class Display:
+    """Trials done, the best so far and the time left; a line for every trial where there is no terminal."""
+
+    def __init__(self, console: Console, workers: int = 1):
+        self.console, self.workers, self.done = console, workers, 0
+        self.began, self.first = time.monotonic(), -1
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+        self.bar = Progress(*columns, TextColumn("[dim]{task.fields[detail]}"), console=console)
+        self.task = self.bar.add_task("trials", total=None, detail="")
+        if console.is_terminal:
+            self.bar.start()
+
+    def __call__(self, tally: Tally) -> None:
+        if self.first < 0:
+            self.first = tally.done
+        best = ", ".join(f"best {quality:.3f} {label}" for quality, label in tally.best.values())
+        detail = "  ".join(part for part in (tally.now, best, self._left(tally)) if part)
+        self.bar.update(self.task, completed=tally.done, total=tally.total or None, detail=detail)
+        if not self.console.is_terminal and tally.done > max(self.done, self.first):
+            self.console.print(f"{tally.done}/{tally.total}  {detail}", highlight=False, soft_wrap=True)
+        self.done = tally.done
+
+    def _left(self, tally: Tally) -> str:
+        done = tally.done - self.first
+        if done < 2:
+            return ""
+        left = (time.monotonic() - self.began) / done * (tally.total - tally.done)
+        return f"about {left / 3600:.1f} h left" if left > 5400 else f"about {max(1, math.ceil(left / 60))} min left"
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self.console.is_terminal:
+            self.bar.stop()

@@ -1,0 +1,394 @@
+"""The arena's work: which trial comes next, run and stored, until every method has its search and its seeds.
+
+Each process that works on a study asks the database what is open, so that one that was killed goes on where it was and
+several share one study. The trials of one search follow each other, for sampler and pruner look at those before; searches
+of different methods, and final seeds, run side by side. What is found depends on the settings alone, not on how many
+processes found it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from attunement.compare import rates, records, trial
+from attunement.compare.database import Database, Line, beating, saying
+from attunement.compare.records import Trial
+from attunement.compare.study import ZERO, Study, entries, seconds
+from attunement.compare.trial import Ground, Outcome
+from attunement.errors import AttunementError
+
+POLL = 1.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trial to run."""
+
+    line: Line
+    stage: str
+    slot: int
+
+
+@dataclass
+class Tally:
+    """How far a study is, for whoever watches.
+
+    Attributes:
+        total: trials of the whole study; done: finished; best: quality and label of the best final or else search trial.
+        busy: seconds that this process spent in attaching, training and evaluating; `measuring` what methods cost;
+            `whole` altogether.
+        missing: what the budget left out, a sentence each.
+    """
+
+    total: int = 0
+    done: int = 0
+    now: str = ""
+    best: dict[str, tuple[float, str]] = field(default_factory=dict)
+    busy: float = 0.0
+    measuring: float = 0.0
+    loading: float = 0.0
+    whole: float = 0.0
+    lengths: list[float] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def overhead(self) -> float:
+        """Seconds that were neither training, evaluating, loading nor measuring, over those of training and evaluating."""
+        return (self.whole - self.busy - self.measuring - self.loading) / max(self.busy, 1e-9)
+
+
+class Engine:
+    """A process that works on a study.
+
+    Raises `AttunementError` where the study began with other settings or its database cannot be used.
+    """
+
+    def __init__(self, study: Study, watch: Callable[[Tally], None] = lambda _: None, writes: bool = True):
+        self.study, self.watch, self.writes = study, watch, writes
+        self.began = time.perf_counter()
+        self.base = Database(study)
+        self.entries = entries(study)
+        self.lines = [self.base.line(task, entry) for task in study.tasks for entry in self.entries]
+        self.grounds: dict[str, Ground] = {}
+        self.tally = Tally()
+        self.found: dict[int, list[Trial]] = {}
+        self.looked = self.looking = 0.0
+        self.written = -1
+        budget = seconds(study.budget)
+        self.deadline = None if budget is None else time.monotonic() + budget
+        if self.deadline is None and self.base.head.user_attrs.get("cap") is not None:
+            self.base.remember("cap", None)  # more time was given
+
+    # --- what comes next ---
+
+    def cap(self) -> int:
+        """Trials of every search: the study's, or those that all methods had when a budget was spent."""
+        trials = self.study.search.trials
+        if self.deadline is None:
+            return trials
+        return self.base.head.user_attrs.get("cap") or trials
+
+    def next(self) -> Job | bool | None:
+        """The next open trial, None where everything is done, False where others work on all that is left.
+
+        Without a budget one method is finished before the next begins, so that a study that is stopped has whole methods;
+        with one all methods go through their first rate, then their second, so that they have had the same.
+        """
+        cap, found, others = self.cap(), [], False
+        for place, line in enumerate(self.lines):
+            if line.complete:
+                continue
+            stage, slots = self._open(line, cap)
+            if stage is None:
+                line.complete = True
+                continue
+            if not slots:
+                others = True
+                continue
+            job = Job(line, stage, slots[0])
+            if self.deadline is None:
+                return job
+            found.append(((stage == "final", job.slot, place), job))
+        if found:
+            return min(found, key=lambda one: one[0])[1]
+        return False if others else None
+
+    def _open(self, line: Line, cap: int) -> tuple[str | None, list[int]]:
+        """The stage that a line is in and its slots that nobody works on; (None, []) where it is complete."""
+        if line.fact("refused") is not None:
+            return None, []
+        if line.entry.method != ZERO:
+            slots = line.slots("search")
+            done = [slot for slot, one in slots.items() if one.state.is_finished() and slot < cap]
+            if len(done) < cap:
+                following = next(slot for slot in range(cap) if slot not in slots or slot not in done)
+                return "search", [] if following in slots or line.open("search") else [following]
+            if best_rate(line, cap) is None:
+                return None, []
+        slots = line.slots("final")
+        if sum(one.state.is_finished() for slot, one in slots.items() if slot < self.study.seeds) == self.study.seeds:
+            return None, []
+        if line.open("final"):
+            return "final", []
+        return "final", [slot for slot in range(self.study.seeds) if slot not in slots]
+
+    def spent(self, job: Job) -> bool:
+        """Whether the budget leaves no room for a trial; a search then ends for all methods after the same number."""
+        if self.deadline is None:
+            return False
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            return True
+        if job.stage == "search" and job.slot > 0:
+            mean = {id(line): _mean_seconds(line) for line in self.lines if line.fact("refused") is None}
+            typical = sum(mean.values()) / max(len(mean), 1)
+            finals = self.study.seeds * sum(mean.values())
+            turn = sum(value or typical for value in mean.values())
+            if left < finals + turn:
+                self.base.remember("cap", job.slot)
+                return self.cap() > job.slot
+        return False
+
+    # --- work ---
+
+    def work(self) -> Tally:
+        """Run what is open until nothing is left or the budget is spent."""
+        self.refresh(every=True)
+        while True:
+            job = self.next()
+            if job is None:
+                break
+            if job is False:
+                time.sleep(POLL)
+                self.refresh()
+                continue
+            assert isinstance(job, Job)
+            if self.deadline is not None and self.spent(job):
+                break
+            if job.stage == "search" and job.slot >= self.cap():
+                continue
+            if self.prepared(job.line):
+                self.run(job)
+            self.refresh(job.line)
+        self.refresh(every=True)
+        self.tally.missing = self.missing()
+        self.finish()
+        return self.tally
+
+    def ground(self, task: str) -> Ground:
+        """The model and rows of a task, loaded when they are first asked for; those of another task are let go."""
+        if task not in self.grounds:
+            self.grounds.clear()
+            start = time.perf_counter()
+            self.grounds[task] = Ground(task, self.study.tasks[task], self.study.search, self.study.folder)
+            self.tally.loading += time.perf_counter() - start
+        return self.grounds[task]
+
+    def prepared(self, line: Line) -> bool:
+        """What a method costs is measured before its first trial; whether it can act on the model at all."""
+        if line.fact("costs") is not None or line.fact("refused") is not None:
+            return line.fact("refused") is None
+        ground = self.ground(line.task)
+        start = time.perf_counter()
+        self.tally.now = f"measuring {line.entry.label}"
+        self.watch(self.tally)
+        try:
+            line.state("costs", trial.costs(ground, line.entry))
+        except Exception as error:
+            text = " ".join(str(error).split())[:300]
+            if isinstance(error, AttunementError):
+                line.state("refused", text)
+            else:  # the trials will say whether it can be trained at all
+                line.state("costs", {})
+        self.tally.measuring += time.perf_counter() - start
+        return line.fact("refused") is None
+
+    def run(self, job: Job) -> None:
+        """Claim a trial, run it, store it."""
+        line, search = job.line, self.study.search
+        ground = self.ground(line.task)
+        claimed = line.claim(job.stage, job.slot, sampler(self.study, job))
+        if claimed is None:
+            return
+        seed = self.study.seed + (job.slot if job.stage == "final" else 0)
+        with beating(claimed):
+            try:
+                rate = None
+                if job.stage == "search":
+                    with saying(self.study):
+                        rate = claimed.suggest_float("rate", line.entry.low, line.entry.high, log=True)
+                elif line.entry.method != ZERO:
+                    rate = best_rate(line, self.cap())
+                self.tally.now = f"{line.entry.label} " + ("" if rate is None else f"at {rate:.2g}, ")
+                self.tally.now += f"search {job.slot + 1}" if job.stage == "search" else f"seed {seed}"
+                self.watch(self.tally)
+                stops = pruner(line, job) if job.stage == "search" and search.pruner else None
+
+                def report(number: int, quality: float) -> bool:
+                    if job.stage != "search":
+                        return False
+                    with saying(self.study):
+                        claimed.report(quality, number)
+                        return stops is not None and stops.prune(line.search, _frozen(line, claimed))
+
+                outcome = trial.run(ground, line.entry, rate, seed, job.stage, report)
+            except BaseException:
+                line.drop(job.stage, claimed)
+                raise
+            self.tally.busy += outcome.busy
+            self.tally.lengths.append(outcome.seconds)
+            line.finish(job.stage, claimed, record(outcome, line, job, rate, seed))
+        if job.stage == "search" and job.slot == self.cap() - 1 and (best := best_rate(line, self.cap())) is not None:
+            rates.store(self.study.folder, self.study.tasks[line.task], line.entry, best)
+
+    # --- what is left behind ---
+
+    def refresh(self, line: Line | None = None, every: bool = False) -> None:
+        """Bring the files and the tally up to what the database has.
+
+        Args:
+            line: the one of which this process knows that it has changed. What others did is looked at from time to time,
+                so that asking takes little of the time.
+            every: look at all of them now.
+        """
+        start = time.monotonic()
+        due = every or start - self.looked > max(POLL, 50 * self.looking)
+        for one in self.lines:
+            if due or one is line or id(one) not in self.found:
+                self.found[id(one)] = one.records()
+        if due:
+            self.looked, self.looking = time.monotonic(), time.monotonic() - start
+        found = [made for one in self.lines for made in self.found[id(one)]]
+        trials = {"search": self.cap(), "final": self.study.seeds}
+        self.tally.total = sum(
+            trials["final"] + (0 if one.entry.method == ZERO else trials["search"])
+            for one in self.lines
+            if one.fact("refused", asks=due) is None
+        )
+        self.tally.done = sum(not made.id.endswith("/refused") for made in found)
+        self.tally.best = {}
+        for made in found:
+            before = self.tally.best.get(made.task)
+            if made.quality is not None and made.state == "done" and (before is None or made.quality > before[0]):
+                self.tally.best[made.task] = (made.quality, made.label)
+        self.tally.whole = time.perf_counter() - self.began
+        if self.writes and (every or len(found) != self.written):
+            with saying(self.study):
+                records.write(self.study.folder, self.study.settings(), found)
+            self.base.keep()
+            self.written = len(found)
+        self.watch(self.tally)
+
+    def missing(self) -> list[str]:
+        """What a spent budget left out."""
+        if self.deadline is None:
+            return []
+        said = []
+        cap = self.cap()
+        if cap < self.study.search.trials:
+            said.append(f"every search ended after {cap} of {self.study.search.trials} rates")
+        for line in self.lines:
+            if line.fact("refused") is not None or line.complete:
+                continue
+            tried = sum(one.state.is_finished() for one in line.slots("search").values())
+            ran = sum(one.state.is_finished() for one in line.slots("final").values())
+            if line.entry.method != ZERO and tried < cap:
+                said.append(f"{line.task}: {line.entry.label} has had {tried} of {cap} rates and no final run")
+            elif ran < self.study.seeds:
+                said.append(f"{line.task}: {line.entry.label} has had {ran} of {self.study.seeds} seeds")
+        return said
+
+    def finish(self) -> None:
+        """The report, where there is something to report."""
+        self.tally.whole = time.perf_counter() - self.began
+        if self.writes and self.tally.done:
+            publish(self.study.folder)
+
+
+def publish(folder: Path) -> None:
+    """Write the report of a study."""
+    from attunement.compare import report
+
+    report.write(folder)
+
+
+def record(outcome: Outcome, line: Line, job: Job, rate: float | None, seed: int) -> Trial:
+    """An outcome as a record; what holds for all trials of a method is added when it is read."""
+    return Trial(
+        id=f"{line.task}/{line.entry.label}/{job.stage}/{job.slot}",
+        task=line.task,
+        method=line.entry.method,
+        label=line.entry.label,
+        stage=job.stage,
+        rate=rate,
+        seed=seed,
+        state=outcome.state,
+        error=outcome.error,
+        quality=outcome.quality,
+        calibration=outcome.calibration,
+        forgetting=outcome.forgetting,
+        seconds=round(outcome.seconds, 3),
+        steps=outcome.steps,
+        curve=tuple(outcome.curve),
+    )
+
+
+def best_rate(line: Line, cap: int) -> float | None:
+    """The rate of the best finished search trial, the lower of equals; None where none came to an end."""
+    slots = line.slots("search").items()
+    done = [one for slot, one in slots if slot < cap and one.state == TrialState.COMPLETE]
+    return min(done, key=lambda one: (-(one.value or 0.0), one.params["rate"])).params["rate"] if done else None
+
+
+def spread(low: float, high: float, count: int) -> list[float]:
+    """Rates in the middles of `count` equal parts of the logarithm of a range, from the middle of the range outwards."""
+    points = [(i + 0.5) / count for i in range(count)]
+    points.sort(key=lambda share: (abs(share - 0.5), share))
+    return [low * (high / low) ** share for share in points]
+
+
+def sampler(study: Study, job: Job) -> optuna.samplers.BaseSampler:
+    """What suggests the rate of a slot: a point of the spread, or TPE, whose seed is that of the study and the slot alone.
+
+    Nothing depends on the method's name.
+    """
+    search, line = study.search, job.line
+    tpe = optuna.samplers.TPESampler(seed=study.seed + job.slot, n_startup_trials=search.spread)
+    if job.stage != "search":
+        return tpe
+    points = spread(line.entry.low, line.entry.high, min(search.spread, search.trials))
+    if search.known:
+        start = line.fact("start")
+        if start is None:  # kept, so that a study that is resumed goes on as it began
+            start = rates.known(study.tasks[line.task], line.entry) or 0.0
+            line.state("start", start)
+        if start:
+            points = [start, *(p for p in points if abs(math.log(p / start)) > 1e-6)][: len(points)]
+    if job.slot < len(points):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.PartialFixedSampler({"rate": points[job.slot]}, tpe)
+    return tpe
+
+
+def pruner(line: Line, job: Job) -> optuna.pruners.BasePruner:
+    """Behind the median of the trials before it, which are at least two, at the same evaluation; never at the first."""
+    return optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=1)
+
+
+def _frozen(line: Line, claimed: optuna.Trial) -> Any:
+    return next(one for one in line.search.get_trials(deepcopy=False) if one.number == claimed.number)
+
+
+def _mean_seconds(line: Line) -> float:
+    done = [one.user_attrs["record"] for one in line.slots("search").values() if "record" in one.user_attrs]
+    return sum(one["seconds"] for one in done) / len(done) if done else 0.0

@@ -1,0 +1,143 @@
+"""What a study found, in sentences that say no more than the intervals do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from attunement.compare.records import Study
+from attunement.compare.table import FULL, MEASURES, STILL, Row, higher, leaders, shown, unit_of
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A question, its answer in a word or two, and the sentence behind it."""
+
+    title: str
+    answer: str
+    sentence: str
+    labels: tuple[str, ...] = ()
+    """The methods that the answer names."""
+
+
+QUESTIONS = (
+    ("backward_bytes", "Least kept for backward"),
+    ("step", "Fastest step"),
+    ("trainable", "Fewest trained numbers"),
+)
+
+
+def findings(study: Study, rows: Sequence[Row]) -> list[Finding]:
+    """What may be said of one task; empty where nothing was measured yet."""
+    ranked = [row for row in rows if row.quality]
+    if not ranked:
+        return []
+    found = [_quality(ranked)]
+    full = next((row for row in ranked if row.method == FULL), None)
+    good, words = [row for row in ranked if row.among_best], "at the top"
+    if full is not None:
+        good = [row for row in ranked if row is full or not (row.to_full and row.to_full.sure and below(row))]
+        words = "that are not surely below full fine-tuning"
+        found.append(_against_full(full, [row for row in ranked if row is not full]))
+    good = [row for row in good if row.method != STILL]  # what adapts nothing costs nothing
+    for key, title in QUESTIONS:
+        if first := leaders(study, good, key):
+            found.append(_least(key, title, first, good, full, words))
+    return found
+
+
+def below(row: Row) -> bool:
+    """Whether the mean difference to full fine-tuning is to this row's disadvantage."""
+    return row.to_full is not None and (row.to_full.mean < 0) == higher(row.metric)
+
+
+def _quality(ranked: Sequence[Row]) -> Finding:
+    best = ranked[0]
+    unit = unit_of(MEASURES[0], best.metric)
+    top = [row for row in ranked if row.among_best]
+    others = len(ranked) - len(top)
+    value = with_interval(best, "quality")
+    if len(ranked) == 1:
+        return Finding("Best quality", best.label, f"{value}; there is no other to compare with.", (best.label,))
+    if all(row.to_best is None or row.to_best.low is None for row in ranked[1:]):
+        sentence = f"{best.label} has the highest value, {value}; with one seed nothing can be said of the differences."
+        return Finding("Best quality", "Not to be told", sentence, (best.label,))
+    if len(top) == 1:
+        second = ranked[1]
+        lead = second.to_best
+        gap = f"; {shown_gap(lead.mean, unit)} above {second.label}" if lead else ""
+        what = f"each of the {len(ranked) - 1} others" if len(ranked) > 2 else second.label
+        return Finding("Best quality", best.label, f"{value}, better than {what}{gap}.", (best.label,))
+    sentence = (
+        f"{len(top)} of {len(ranked)} methods cannot be told apart at the top. {best.label} has the highest mean, {value}, "
+        + (f"and is better than the {others} others." if others else "but is better than none of the others.")
+    )
+    return Finding("Best quality", level(top), sentence, tuple(row.label for row in top))
+
+
+def _least(key: str, title: str, first: Sequence[Row], good: Sequence[Row], full: Row | None, words: str) -> Finding:
+    measure = next(one for one in MEASURES if one.key == key)
+    best = first[0]
+    value = shown(best.values[key].mean, measure.unit)
+    if measure.unit == "ratio":
+        value += " full fine-tuning’s"
+    elif full is not None and best is not full and key in full.values and full.values[key].mean:
+        value += f", {percent(best.values[key].mean / full.values[key].mean)} of full fine-tuning’s"
+    if len(good) == 1:
+        return Finding(title, best.label, f"{value}; the only method {words}.", (best.label,))
+    if len(first) == 1:
+        return Finding(title, best.label, f"{value}, the least of the {len(good)} methods {words}.", (best.label,))
+    names = listed([row.label for row in first])
+    sentence = f"{names} cannot be told apart, of {len(good)} methods {words}; the mean of {best.label} is {value}."
+    return Finding(title, level(first), sentence, tuple(row.label for row in first))
+
+
+def _against_full(full: Row, others: Sequence[Row]) -> Finding:
+    compared = [row for row in others if row.to_full is not None and row.to_full.low is not None]
+    if not compared:
+        return Finding(
+            "Against full fine-tuning", "Not to be told", "With one seed nothing can be said of the differences."
+        )
+    told = [row for row in compared if row.to_full and row.to_full.sure]
+    better, worse = [row for row in told if not below(row)], [row for row in told if below(row)]
+    same = len(compared) - len(better) - len(worse)
+    named = f" ({listed([row.label for row in better], 3)})" if better else ""
+    sentence = (
+        f"At {with_interval(full, 'quality')}: {len(better) or 'none'} of {len(compared)} methods "
+        f"{'is' if len(better) == 1 else 'are'} better{named}, {same} cannot be told from it, {len(worse)} are worse."
+    )
+    answer = f"{len(better)} better, {len(worse)} worse"
+    return Finding("Against full fine-tuning", answer, sentence, (full.label,))
+
+
+def with_interval(row: Row, key: str) -> str:
+    """`83.1 % (82.6 to 83.5)`."""
+    measure = next(one for one in MEASURES if one.key == key)
+    unit, value = unit_of(measure, row.metric), row.values[key]
+    if value.low is None or value.high is None:
+        return shown(value.mean, unit)
+    low, high = (shown(end, unit).removesuffix(" %") for end in (value.low, value.high))
+    return f"{shown(value.mean, unit)} ({low} to {high})"
+
+
+def shown_gap(value: float, unit: str) -> str:
+    """A difference of two qualities."""
+    return f"{100 * abs(value):.1f} points" if unit == "share" else f"{abs(value):.3f}"
+
+
+def percent(share: float) -> str:
+    """A share with two figures."""
+    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
+
+
+def level(rows: Sequence[Row]) -> str:
+    """Methods that cannot be told apart: `a, b or c`, or how many there are."""
+    labels = [row.label for row in rows]
+    return f"{len(labels)} methods level" if len(labels) > 3 else " or ".join([", ".join(labels[:-1]), labels[-1]])
+
+
+def listed(words: Sequence[str], most: int = 4) -> str:
+    """`a, b and c`, or `a, b, c and 7 more`."""
+    if len(words) > most:
+        return f"{', '.join(words[:most])} and {len(words) - most} more"
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

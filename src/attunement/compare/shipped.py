@@ -1,0 +1,66 @@
+"""The committed studies in one small file of the package, for `attune recommend` where there is no study of one's own.
+
+`make results` writes it from `docs/studies`: the final runs alone, without curves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from attunement.compare import records
+from attunement.compare.records import Study, Trial
+from attunement.errors import AttunementError
+
+RESULTS = Path(__file__).parent / "data" / "results.json"
+
+
+def collect(studies: Path, path: Path = RESULTS) -> int:
+    """Write the final runs of every study in a folder. Returns how many studies there were."""
+    found = [records.read(table.parent) for table in sorted(studies.glob(f"*/{records.TRIALS}"))]
+    if not found:
+        raise AttunementError(f"{studies} holds no study: expected folders with {records.TRIALS} in it")
+    columns = [name for name in records.columns() if name not in ("id", "error")]
+    made = [
+        {
+            "name": study.name,
+            "settings": dict(study.settings),
+            "columns": columns,
+            "trials": [[_short(getattr(t, name)) for name in columns] for t in study.trials if t.stage == "final"],
+        }
+        for study in found
+    ]
+    text = json.dumps({"studies": made}, ensure_ascii=False, separators=(",", ":"))
+    records.replace(path, text.replace("],[", "],\n[") + "\n")  # a line a run, so that changes can be read
+    return len(made)
+
+
+def load(path: Path = RESULTS) -> list[Study]:
+    """The committed studies; none where this installation has none."""
+    if not path.is_file():
+        return []
+    return [_study(one) for one in json.loads(path.read_text(encoding="utf-8"))["studies"]]
+
+
+def _study(one: dict[str, Any]) -> Study:
+    known = {field.name for field in dataclasses.fields(Trial)}
+    rows = (dict(zip(one["columns"], values, strict=True)) for values in one["trials"])
+    trials = tuple(
+        Trial(id=str(i), **{name: value for name, value in row.items() if name in known}) for i, row in enumerate(rows)
+    )
+    return Study(one["name"], one["settings"], trials)
+
+
+def _short(value: Any) -> Any:
+    """Six figures are enough to advise."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    try:
+        print(f"{collect(Path(sys.argv[1] if len(sys.argv) > 1 else 'docs/studies'))} studies in {RESULTS.name}")
+    except AttunementError as error:
+        sys.exit(str(error))

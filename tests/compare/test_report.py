@@ -1,0 +1,277 @@
+"""What the report says follows from the trials: its table, findings, files; and nothing in it comes from outside."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import synthetic
+from scipy import stats
+
+from attunement.compare import findings, pictures, records, report, table
+from attunement.compare.records import Study, Trial
+from attunement.compare.table import ALL
+
+
+def of(settings: dict[str, Any], trials: list[Trial]) -> Study:
+    return Study(settings["name"], settings, tuple(trials))
+
+
+def simple(values: dict[str, list[float]], **more: Any) -> Study:
+    """A study of one task where each label has these qualities, by seed."""
+    trials = [
+        Trial(id=f"{label}{seed}", task="t", method=f"own/{label}", label=label, seed=seed, quality=quality, **more)
+        for label, qualities in values.items()
+        for seed, quality in enumerate(qualities)
+    ]
+    return Study("simple", {}, tuple(trials))
+
+
+@pytest.fixture(scope="module")
+def made() -> Study:
+    return of(*synthetic.study())
+
+
+@pytest.fixture(scope="module")
+def rows(made: Study) -> dict[str, list[table.Row]]:
+    return table.rows(made)
+
+
+def test_a_row_is_the_mean_over_its_final_runs(made: Study, rows: dict[str, list[table.Row]]) -> None:
+    row = next(row for row in rows["mrpc"] if row.label == "lora")
+    runs = [t for t in made.trials if (t.task, t.label, t.stage) == ("mrpc", "lora", "final")]
+    qualities = [t.quality for t in runs]
+    low, high = stats.t.interval(0.95, 2, loc=numpy.mean(qualities), scale=stats.sem(qualities))
+    assert (row.quality.mean, row.quality.low, row.quality.high) == pytest.approx((numpy.mean(qualities), low, high))
+    assert row.values["trainable"].mean == runs[0].trainable
+    assert row.values["rate"].mean == runs[0].rate
+    assert row.states == {"done": 3}
+
+
+def test_every_method_has_a_row_in_every_task_and_the_best_comes_first(rows: dict[str, list[table.Row]]) -> None:
+    assert list(rows) == [ALL, "banking77", "mrpc"]
+    for found in rows.values():
+        assert len(found) == 63
+        means = [row.quality.mean for row in found if row.quality]
+        assert means == sorted(means, reverse=True)
+        assert [row.label for row in found if not row.quality] == ["c3a"]  # it failed everywhere: last, and there
+
+
+def test_the_same_function_under_two_names_is_not_told_apart(made: Study, rows: dict[str, list[table.Row]]) -> None:
+    found = {row.label: row for row in rows["banking77"]}
+    one, other = found["lora"], found[synthetic.SAME[1]]
+    assert one.values["quality"] == other.values["quality"]
+    assert one.to_best.mean == other.to_best.mean
+    pair = [t for t in made.trials if t.task == "banking77" and t.label in ("lora", synthetic.SAME[1])]
+    alone = table.rows(Study("two", {}, tuple(pair)))["banking77"]
+    assert all(row.among_best for row in alone)
+    assert "2 of 2 methods cannot be told apart" in findings.findings(Study("two", {}, tuple(pair)), alone)[0].sentence
+
+
+def test_a_broken_method_is_last_and_below_full_fine_tuning(rows: dict[str, list[table.Row]]) -> None:
+    ranked = [row for row in rows["banking77"] if row.quality]
+    assert ranked[-1].method == synthetic.BROKEN
+    assert ranked[-1].to_full.sure
+    assert ranked[-1].to_full.mean < 0
+    assert ranked[-1].front == ()
+
+
+def test_one_best_is_named_only_where_the_interval_says_so() -> None:
+    clear = simple({"a": [0.90, 0.91, 0.90], "b": [0.70, 0.72, 0.71]})
+    near = simple({"a": [0.90, 0.71, 0.80], "b": [0.70, 0.85, 0.71]})
+    first = findings.findings(clear, table.rows(clear)["t"])[0]
+    assert (first.answer, first.labels) == ("a", ("a",))
+    assert "better than b; 19.3 points above b" in first.sentence
+    first = findings.findings(near, table.rows(near)["t"])[0]
+    assert (first.answer, first.labels) == ("a or b", ("a", "b"))
+    assert "better than none" in first.sentence
+
+
+def test_one_seed_decides_nothing() -> None:
+    study = simple({"a": [0.9], "b": [0.1]})
+    first = findings.findings(study, table.rows(study)["t"])[0]
+    assert first.answer == "Not to be told"
+    assert "with one seed nothing can be said" in first.sentence
+
+
+def test_less_is_better_for_a_loss() -> None:
+    study = simple({"a": [2.9, 2.91, 2.9], "b": [2.1, 2.12, 2.11]}, metric="loss", trainable=5)
+    ranked = table.rows(study)["t"]
+    assert [row.label for row in ranked] == ["b", "a"]
+    assert ranked[0].front == ("trainable",)
+    assert ranked[1].front == ()
+    assert findings.findings(study, ranked)[0].answer == "b"
+
+
+def test_a_task_that_a_method_lacks_leaves_it_out_of_the_mean_over_tasks(made: Study) -> None:
+    trials = tuple(t for t in made.trials if not (t.label == "ia3" and t.task == "mrpc" and t.stage == "final"))
+    found = table.rows(dataclasses.replace(made, trials=trials))
+    assert next(row for row in found["banking77"] if row.label == "ia3").quality is not None
+    assert next(row for row in found[ALL] if row.label == "ia3").quality is None
+
+
+def test_the_files_beside_the_page_hold_the_table(tmp_path: Path) -> None:
+    synthetic.write(tmp_path, count=8)
+    report.write(tmp_path, pictures=False)
+    plain = json.loads((tmp_path / "table.json").read_text())
+    with (tmp_path / "table.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(plain) == len(lines) == 3 * 11
+    for record, line in zip(plain, lines, strict=True):
+        assert line["label"] == record["label"]
+        assert (float(line["quality"]) if line["quality"] else None) == record["quality"]
+    assert {"quality_low", "behind_best_p", "over_full_high", "backward_bytes", "pareto", "recipe"} <= set(plain[0])
+
+
+def test_the_recipe_of_a_row_trains_it(made: Study, rows: dict[str, list[table.Row]]) -> None:
+    from attunement.train.recipe import parse
+
+    row = next(row for row in rows["banking77"] if row.label == "dora")
+    recipe = parse(table.recipe(made, row))
+    assert recipe["adapter"] == {"method": "low_rank/dora", "rank": 8, "on": "attention.{query,value}"}
+    assert recipe["training"]["learning_rate"] == row.values["rate"].mean
+    assert recipe["model"] == "all-MiniLM-L6-v2"
+    assert recipe["data"] == {"train": "banking77.csv"}
+
+
+def test_the_page_is_one_file_with_nothing_from_outside(made: Study) -> None:
+    page = report.page(made)
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", page)
+    assert "@import" not in page
+    assert "url(" not in re.sub(r"url\(#within", "", page)
+    assert "default-src 'none'" in page
+    assert len(page) < 1_000_000
+
+
+def test_the_page_is_the_same_for_the_same_study(made: Study) -> None:
+    assert report.page(made) == report.page(of(*synthetic.study()))
+
+
+class _Scripts(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scripts, self.tags, self.inside, self.text = [], [], False, ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.inside = tag == "script"
+        if self.inside:
+            self.scripts.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.scripts[-1] += data
+        else:
+            self.text += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = False
+
+
+def test_labels_and_errors_are_text_wherever_they_stand() -> None:
+    odd = "</script><img src=x onerror=alert(1)>@@js@@<!-- & \u2028"
+    trials = simple({odd: [0.5, 0.6, 0.5], "b": [0.4, 0.5, 0.4]}).trials
+    lost = Trial(
+        id="x", task="t", method=f"{odd}/{odd}", label=odd, stage="search", state="failed", error=odd, rate=1e-3
+    )
+    page = report.page(Study(odd, {"name": odd, "methods": [odd]}, (*trials, lost)))
+    parsed = _Scripts()
+    parsed.feed(page)
+    assert "img" not in parsed.tags
+    assert len(parsed.scripts) == 3
+    data = json.loads(parsed.scripts[1])
+    assert odd in [row["label"] for row in data["tasks"][0]["rows"]]
+    assert odd in parsed.text
+
+
+def test_without_a_script_everything_that_is_text_is_there(made: Study) -> None:
+    parsed = _Scripts()
+    parsed.feed(report.page(made))
+    for said in (
+        "banking77",
+        "The pruner stopped",
+        "must match the size of tensor b (1536)",
+        "the loss became nan at step 41",
+        "Holm",
+        "LoRA again",
+        "trials: 6",
+    ):
+        assert said in parsed.text
+
+
+def test_a_study_without_any_final_run_has_a_page() -> None:
+    trials = [Trial(id="x", task="t", method="low_rank/lora", label="lora", stage="search", state="failed", error="no")]
+    page = report.page(Study("young", {}, tuple(trials)))
+    assert "No final run has finished yet." in page
+    assert report.page(Study("empty", {}, ()))
+
+
+def test_a_method_without_a_result_is_in_the_table_with_its_reason(made: Study) -> None:
+    page = report.page(made)
+    line = next(line for line in page.split("<tr ") if 'data-v="c3a"' in line)
+    assert "No final run: RuntimeError: The size of tensor a (384)" in line
+    young = Trial(id="x", task="t", method="low_rank/lora", label="lora", stage="search", quality=0.5, rate=1e-3)
+    assert "No final run yet" in report.page(Study("young", {}, (young,)))
+
+
+def test_what_was_not_finished_is_said(made: Study) -> None:
+    left = [t for t in made.trials if not (t.task == "mrpc" and t.label == "ia3" and t.stage == "final" and t.seed > 0)]
+    assert "Not finished" not in report.page(made)
+    assert "Not finished: ia3 on mrpc (1 of 3 final runs)." in report.page(
+        dataclasses.replace(made, trials=tuple(left))
+    )
+
+
+def test_the_curve_of_a_row_is_the_mean_of_its_runs() -> None:
+    runs = [
+        Trial(
+            id=str(i),
+            task="t",
+            method="m/m",
+            label="m",
+            seed=i,
+            quality=0.5,
+            curve=((0, 2.0 + i, None), (5, 1.0 + i, 0.5)),
+        )
+        for i in range(2)
+    ]
+    longer = dataclasses.replace(runs[0], curve=(*runs[0].curve, (9, 0.1, 0.9)))
+    assert report.curve(runs) == [[0, 2.5, None], [5, 1.5, 0.5]]
+    assert report.curve([longer, runs[1]]) == [[0, 2.5, None], [5, 1.5, 0.5]]  # a step that one run lacks is no mean
+    many = dataclasses.replace(runs[0], curve=tuple((i, 1.0, None) for i in range(5000)))
+    assert len(report.curve([many])) < 70
+
+
+def test_the_pictures_are_the_same_for_the_same_study_and_hold_no_date(tmp_path: Path) -> None:
+    study = of(*synthetic.study(count=6, tasks=1))
+    found = table.rows(study)
+    written = {path.name for path in pictures.write(tmp_path / "a", study, found)}
+    assert written == {f"banking77-{kind}.{end}" for kind in ("pareto", "curves", "rates") for end in ("png", "svg")}
+    pictures.write(tmp_path / "b", study, found)
+    for name in written:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    text = (tmp_path / "a" / "banking77-pareto.svg").read_text()
+    assert "<dc:date>" not in text
+    assert (tmp_path / "a" / "banking77-pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_full_disk_leaves_the_last_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synthetic.write(tmp_path, count=4, tasks=1)
+    path = report.write(tmp_path, pictures=False)
+    before = path.read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(records.os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        report.write(tmp_path, pictures=False)
+    assert path.read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
