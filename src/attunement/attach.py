@@ -45,7 +45,8 @@ def exchanged(base: type, names: tuple[str, ...], extras: tuple[Extras, ...] = (
 
     @functools.wraps(inner)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        plan = self._attuned_plan
+        # somebody who put a forward of their own on the instance may still call this one when the class is restored
+        plan = getattr(self, "_attuned_plan", None)
         if plan is None:
             return inner(self, *args, **kwargs)
         return plan.run(self, args, kwargs)

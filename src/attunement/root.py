@@ -277,7 +277,7 @@ def root_extras(base: type, forward: Callable[..., Any]) -> dict[str, Any]:
 
     @functools.wraps(forward)
     def root_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bench = self._attuned_bench
+        bench = getattr(self, "_attuned_bench", None)
         if bench is None or not (bench.rows or bench.tapped):
             return forward(self, *args, **kwargs)
         try:
