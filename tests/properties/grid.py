@@ -42,10 +42,12 @@ FEW = {"count": 3, "length": 4}  # and those of what adds tokens, which fit the 
 FIT = {
     "orthogonal/psoft": {"rank": 3},  # whose single angle, at two, has a gradient that may cancel
     "low_rank/lora_ga": {"alpha": 4.0},  # a scale of 2, as that of its own rank
+    "low_rank/increlora": {"rank": 3, "initial_rank": 2},  # as its one live value, at one, has a gradient that may cancel
 }
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "bottleneck/bottleneck": [{"style": "scaled_parallel"}],
     "orthogonal/boft": [{"scaled": False}],
+    "low_rank/deft": [{"decomposition": "qr", "alpha": 3.0}, {"decomposition": "qr", "para": True}],
     "low_rank/gralora": [{"hybrid_rank": 1}],
     "low_rank/lokr": [{"rank": 1, "factor": 2, "both": True}],
     "low_rank/mt_lora": [{"both": True, "tasks": 1, "everywhere": True}],
@@ -69,6 +71,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "sparse/s2ft": [{"side": "rows", "share": 0.3}],
     "sparse/lt_sft": [{"full_l1": 0.1}],
     "sparse/sparse": [{"choice": "magnitude"}],
+    "sparse/super_tuning": [{"rank": None, "largest": False}],
     "low_rank/corda": [{"mode": "kpm"}],
     "low_rank/glora": [{"weights": "vector", "coupling": "vector"}, {"weights": "none", "coupling": "none"}],
     "low_rank/int21": [{"bits": 3, "columns": 2}],

@@ -59,8 +59,8 @@ def no_more_error(model, sample, layer) -> None:
     loss(logits.float()).backward()
     loss(run(double, given(double, 12))).backward()
     exactly = gradients(at.adapters(double)["a"])
-    # a gradient that cancels to nothing keeps the error of the terms that cancelled: some roundings of 0.4 % in bfloat16
-    noise = 0.03 * float(torch.cat([gradient.flatten() for gradient in exactly.values()]).norm())
+    # a gradient that is zero, or cancels to nothing, keeps some roundings of the terms that cancelled
+    noise = 0.02 * max(float(gradient.norm()) for gradient in exactly.values())
     for name, gradient in gradients(adapter).items():
         assert gradient.dtype == torch.float32
         assert (gradient - exactly[name]).norm() <= 0.25 * exactly[name].norm() + noise, name
