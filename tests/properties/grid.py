@@ -42,7 +42,7 @@ FEW = {"count": 3, "length": 4}  # and those of what adds tokens, which fit the 
 FIT = {
     "orthogonal/psoft": {"rank": 3},  # whose single angle, at two, has a gradient that may cancel
     "low_rank/lora_ga": {"alpha": 4.0},  # a scale of 2, as that of its own rank
-    "low_rank/increlora": {"rank": 3, "initial_rank": 2},  # as its one live value, at one, has a gradient that may cancel
+    "low_rank/increlora": {"rank": 3, "initial_rank": 2},  # one live value has a gradient that may cancel
 }
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "bottleneck/bottleneck": [{"style": "scaled_parallel"}],
