@@ -305,6 +305,14 @@ def _say_plainly(cls: type) -> None:
     cls.__init__ = checked  # type: ignore[misc]
 
 
+_ON = "where a method acts is said to `at.adapt(..., on=...)`"
+ELSEWHERE = {
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_to_transform"), _ON),
+    "modules_to_save": "task heads train by default, and what else does is a recipe's `at.Train()`",
+}
+"""Words of PEFT's configurations that are no field of a method, and what stands for them."""
+
+
 def _sentence(cls: type, error: ValidationError) -> str:
     first = error.errors()[0]
     known = [f.name for f in dataclasses.fields(cls)]
@@ -316,7 +324,8 @@ def _sentence(cls: type, error: ValidationError) -> str:
     if first["type"] in ("missing", "missing_argument"):
         return f"{cls.__name__} needs its field {field!r}, which has no default"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{cls.__name__} has no field {field!r}; its fields are {', '.join(known)}{nearest(field, known)}"
+        instead = f"; {ELSEWHERE[field]}" if field in ELSEWHERE else nearest(field, known)
+        return f"{cls.__name__} has no field {field!r}; its fields are {', '.join(known)}{instead}"
     if first["type"] == "value_error":
         return f"{cls.__name__}: {first['msg'].removeprefix('Value error, ')}"
     return f"{cls.__name__}: {field} must be {wanted(first['msg'])}, got {first['input']!r}"
