@@ -41,7 +41,7 @@ def changed(method: Any, W: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     form = next(form for form in ("factors", "delta", "weight") if hasattr(method, form))
     taken = inspect.signature(getattr(method, form)).parameters
     made = getattr(method, form)(W, **{name: value for name, value in tensors.items() if name in taken})
-    return W + product(made) if form == "factors" else made
+    return made if form == "weight" else W + (product(made) if form == "factors" else made)
 
 
 @pytest.fixture
@@ -58,6 +58,10 @@ MATRIX_METHODS = [
     at.SVFit(rank=2),
     at.HRA(rank=2),
     at.HRA(rank=4),
+    at.DEFT(rank=2),
+    at.DEFT(rank=3, decomposition="qr", alpha=2),
+    at.SuperTuning(density=0.3),
+    at.SuperTuning(density=0.3, rank=2),
     at.SSF(),
     at.IA3(),
     at.Train(),
@@ -185,6 +189,48 @@ def test_hra_penalty_vanishes_for_orthogonal_reflections(W: Tensor) -> None:
     assert float(method.penalty(u)) == pytest.approx(0.5 * 2)  # two ones off the diagonal
 
 
+@pytest.mark.parametrize("decomposition", ["relu", "qr"])
+@pytest.mark.parametrize("para", [False, True])
+def test_deft(decomposition: Any, para: bool, W: Tensor) -> None:
+    method = at.DEFT(rank=2, decomposition=decomposition, alpha=6, para=para)
+    t = values(method, site(W), disturb=1.0)
+    Q, S = t["P"], F.relu(t["P"])
+    if decomposition == "qr":
+        Q = torch.linalg.qr(t["P"]).Q
+        Q = S = Q * (Q * t["P"]).sum(0).sign()  # towards the columns of P
+    expected = (torch.eye(OUT) - Q @ S.T) @ W + (0 if para else 3.0 * Q @ t["R"])
+    torch.testing.assert_close(changed(method, W, t), expected)
+    if para and decomposition == "qr":
+        torch.testing.assert_close(t["P"].T @ changed(method, W, t), torch.zeros(2, IN, dtype=torch.float64))
+
+
+def test_deft_does_not_jump_where_an_entry_passes_zero(W: Tensor) -> None:
+    method = at.DEFT(rank=2, decomposition="qr")
+    t = values(method, site(W), disturb=1.0)
+    above, below = t["P"].clone(), t["P"].clone()
+    above[0, 0], below[0, 0] = 1e-9, -1e-9
+    torch.testing.assert_close(changed(method, W, t | {"P": above}), changed(method, W, t | {"P": below}))
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_super_tuning(largest: bool, W: Tensor) -> None:
+    method = at.SuperTuning(density=0.25, largest=largest, rank=2)
+    t = values(method, site(W), disturb=1.0)
+    D = changed(method, W, t) - W - 2.0 * t["B"] @ t["A"]  # alpha is twice the rank
+    moved = D.abs() > 1e-12
+    assert int(moved.sum()) == 6
+    inside, outside = W[moved].abs(), W[~moved].abs()
+    assert inside.min() > outside.max() if largest else inside.max() < outside.min()
+
+
+def test_beft_shifts_the_output(W: Tensor) -> None:
+    t = values(at.BEFT(), site(W), disturb=0.5)
+    x, b = torch.randn(3, IN, dtype=torch.float64), torch.randn(OUT, dtype=torch.float64)
+    y = at.BEFT().output(None, F.linear(x, W, b), **t)
+    torch.testing.assert_close(y, F.linear(x, W) + b + t["shift"])
+    torch.testing.assert_close(y, F.linear(x, at.BEFT().weight(W), at.BEFT().bias(b, **t)))
+
+
 def test_ssf_in_both_forms(W: Tensor) -> None:
     t = values(at.SSF(), site(W), disturb=0.5)
     x, b = torch.randn(3, IN, dtype=torch.float64), torch.randn(OUT, dtype=torch.float64)
@@ -265,6 +311,9 @@ def test_train_replaces_a_parameter_or_its_rows(W: Tensor) -> None:
         (at.SVFit(rank=5), {}, "the largest is 4"),
         (at.HRA(rank=3), {}, "rank 3 is odd, and could not start at no change; the nearest is 4"),
         (at.HRA(rank=6), {}, "rank 6 is larger than its 4 inputs; the largest is 4"),
+        (at.DEFT(rank=5), {}, "the largest is 4"),
+        (at.SuperTuning(rank=1), {}, "it has 24 entries, of which a share of 0.01 is none"),
+        (at.SuperTuning(density=0.5, rank=5), {}, "the largest is 4"),
         (at.Train(rows=(6,)), {}, "row 6 is outside its 6 rows; the last is 5"),
         (at.Train(rows=(-7,)), {}, "row -7 is outside its 6 rows; resize_token_embeddings adds rows, before adapting"),
         (at.Train(only="bias"), {"parameter": "weight"}, "'weight' is left out by only='bias'"),

@@ -54,13 +54,18 @@ CONFIGS = {
     ),
     "prefix": lambda task: peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3),
     "prefix_mlp": lambda task: peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3, prefix_projection=True),
+    "cartridge": lambda task: peft.CartridgeConfig(task_type=task, num_virtual_tokens=4, num_frozen_tokens=2),
+    "cpt": lambda task: peft.CPTConfig(task_type=task, cpt_token_ids=[5, 6, 7]),
+    "multitask": lambda task: peft.MultitaskPromptTuningConfig(task_type=task, num_virtual_tokens=3),
     "adaption": lambda task: peft.AdaptionPromptConfig(task_type=task, adapter_len=3, adapter_layers=1),
 }
 
 
-def logits(model, base):
+def logits(model, base, **more):
     """The logits for the text: PEFT's have some for the tokens of a prompt before them."""
-    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), **more}
+    if getattr(getattr(model, "active_peft_config", None), "peft_type", None) == "CPT":
+        inputs["labels"] = None  # which it pops
     if base is t5:
         inputs["decoder_input_ids"] = IDS[:, :4]
     out = model.eval()(**inputs).logits.detach()
@@ -71,9 +76,10 @@ READ = [
     (base, kind)
     for base in TASKS
     for kind in CONFIGS
-    if (kind, base) not in {("adaption", b) for b in (gpt2, bert, t5)}
+    if (kind, base) not in {(kind, b) for kind in ("adaption", "cpt") for b in (bert, t5)} | {("adaption", gpt2)}
+    and kind != "multitask"
 ]
-READ = [(base, kind) for base, kind in READ if base is not t5 or not kind.startswith("prefix")]
+READ = [(base, kind) for base, kind in READ if base is not t5 or not kind.startswith(("prefix", "cartridge"))]
 
 
 @pytest.mark.parametrize(("base", "kind"), READ, ids=lambda value: getattr(value, "__name__", value))
@@ -84,6 +90,8 @@ def test_what_peft_saved_gives_the_same_here(base, kind, tmp_path):
     for name, parameter in theirs.named_parameters():
         if name.endswith("adaption_gate"):
             parameter.data.fill_(0.5)
+        if "delta_embedding" in name:
+            parameter.data.normal_()
     expected = logits(theirs, base)
     theirs.save_pretrained(tmp_path)
     assert (logits(ours, base) - expected).abs().max() > 1e-4
@@ -93,6 +101,7 @@ def test_what_peft_saved_gives_the_same_here(base, kind, tmp_path):
 
 WRITTEN = [(base, method) for base in (llama, gpt2, bert) for method in (at.Prompt(3, std=1.0), at.PTuning(3))]
 WRITTEN += [(base, at.Prefix(3, std=1.0, offset_positions=True)) for base in (llama, gpt2, bert)]
+WRITTEN += [(base, at.Cartridge(3, std=1.0)) for base in (llama, bert)]
 WRITTEN += [(t5, at.Prompt(3, std=1.0)), (llama, at.LLaMAAdapter(3, gate="layer", tanh=False))]
 
 
@@ -111,10 +120,33 @@ def test_what_is_saved_here_gives_the_same_in_peft(base, method, tmp_path):
     assert (logits(loaded, base) - expected).abs().max() < 2e-6
 
 
+@pytest.mark.parametrize("base", [llama, bert])
+def test_a_multitask_prompt_has_its_tasks_both_ways(base, tmp_path):
+    torch.manual_seed(0)
+    ours, tasks = base(), torch.tensor([2, 0])
+    config = peft.MultitaskPromptTuningConfig(
+        task_type=TASKS[base], num_virtual_tokens=3, num_tasks=3, num_ranks=2, num_transformer_submodules=1
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(ours), config)
+    for parameter in theirs.prompt_encoder.parameters():
+        torch.nn.init.normal_(parameter)
+    expected = logits(theirs, base, task_ids=tasks)
+    theirs.save_pretrained(tmp_path / "theirs")
+    bare = copy.deepcopy(ours)
+    adapter = at.load(ours, tmp_path / "theirs")
+    adapter.give(task=tasks)
+    assert (logits(ours, base) - expected).abs().max() < 2e-6
+    assert (logits(bare, base) - expected).abs().max() > 1e-3
+    adapter.save(tmp_path / "ours", format="peft")
+    again = peft.PeftModel.from_pretrained(bare, tmp_path / "ours")
+    assert (logits(again, base, task_ids=tasks) - expected).abs().max() < 2e-6
+
+
 @pytest.mark.parametrize(
     ("base", "kind", "because"),
     [
-        (t5, "prefix", "encoder-decoder"),
+        (t5, "prefix", "a prefix of an encoder-decoder"),
+        (t5, "multitask", "a multitask prompt of an encoder-decoder"),
         (gpt2, "adaption", "no attention that LLaMAAdapter"),
         (RobertaForSequenceClassification, "prompt", "outside of the backbone"),
     ],
@@ -132,6 +164,7 @@ def test_what_has_no_counterpart_is_refused(base, kind, because, tmp_path):
     ("recipe", "because"),
     [
         (at.Prefix(3), "moves the text"),
+        ({"self_attention": at.Prefix(3), "embedding": at.Train(rows=(0,))}, "in some rows"),
         (at.LLaMAAdapter(3), "one plain gate"),
         ({"backbone": at.Prompt(3), "attention.query": at.LoRA(2)}, "stands alone"),
         ({"blocks[0].self_attention": at.Prefix(3, offset_positions=True)}, "all of 2 layers"),

@@ -17,12 +17,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import third_party  # noqa: F401 - registers its methods
 import torch
+from filelock import FileLock
 from homes import HOMES, PLACES, SPOTS, data, home
 from torch import nn
 from toy_model import LAYERS, TIED
@@ -40,6 +43,7 @@ SMALL |= {"bases": 5, "subspaces": 2, "scaling": 0.25}
 SMALL |= {"task_rank": 1, "threshold": -5.0, "gate_start": 0.8, "first": 0.1}  # gates that a small change leaves open
 FEW = {"count": 3, "length": 4}  # and those of what adds tokens, which fit the positions of the other models
 FIT = {
+    "prompts/cartridge": {"offset_positions": False},  # where a text begins has no weight
     "orthogonal/psoft": {"rank": 3},  # whose single angle, at two, has a gradient that may cancel
     "low_rank/lora_ga": {"alpha": 4.0},  # a scale of 2, as that of its own rank
     "low_rank/increlora": {"rank": 3, "initial_rank": 2},  # one live value has a gradient that may cancel
@@ -81,6 +85,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "orthogonal/psoft": [{"terms": 5, "magnitudes": False}],
     "low_rank/lora": [{"rank_stabilised": True, "alpha": 5.0}],
     "prompts/llama_adapter": [{"gate": "layer", "tanh": False}],
+    "prompts/multitask_prompt": [{"tasks": 3}],
     "prompts/p_tuning": [{"encoder": "lstm"}],
     "prompts/prompt": [{"ids": (4, 5)}],
     "scaling/ia3": [{"side": "input"}],
@@ -252,11 +257,27 @@ def selected(request: pytest.FixtureRequest) -> list[str]:
     return [f"{one['sample'].id}@{one['where']}" for one in chosen if "where" in one]
 
 
+def once(name: str, folders: pytest.TempPathFactory, make: Callable[[], Any]) -> Any:
+    """What `make` gives, something that JSON can hold: made by the first of the processes that share the tests."""
+    folder = folders.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    file = folder / f"{name}.json"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            file.write_text(json.dumps(make()))
+    return json.loads(file.read_text())
+
+
+@functools.cache
+def _everywhere(sample: Sample, name: str) -> Any:
+    return sample.everywhere(name)
+
+
 def adapted(
     model: nn.Module, sample: Sample, layer: str | None = None, name: str = "a", seed: int | None = 0
 ) -> at.Adapter:
     """An adapter of a sample at one layer or everywhere, moved away from its start unless `seed` is None."""
-    on = sample.everywhere(model.home) if layer is None else PLACES[layer]  # type: ignore[arg-type]
+    on = _everywhere(sample, model.home) if layer is None else PLACES[layer]  # type: ignore[arg-type]
     adapter = at.adapt(model, sample.method, on=on, name=name, data=data(model))
     return adapter if seed is None else perturb(adapter, seed)
 

@@ -31,6 +31,7 @@ FORMULAS = {
     "low_rank/autolora": lambda m, out, inputs, size: m.rank * (out + inputs),
     "low_rank/bone": lambda m, out, inputs, size: out * m.block_size,
     "low_rank/corda": lambda m, out, inputs, size: m.rank * (out + inputs),
+    "low_rank/deft": lambda m, out, inputs, size: m.rank * (out + (0 if m.para else inputs)),
     "low_rank/delora": lambda m, out, inputs, size: m.rank * (out + inputs) + 1,
     "low_rank/dora": lambda m, out, inputs, size: m.rank * (out + inputs) + out,
     "low_rank/eva": lambda m, out, inputs, size: m.rank * (out + inputs),
@@ -90,6 +91,7 @@ FORMULAS = {
         (inputs - (m.frozen if m.frozen >= 1 else inputs // 2)) * (out + inputs + 1)
     ),
     "orthogonal/road": lambda m, out, inputs, size: m.variant * out,
+    "scaling/beft": lambda m, out, inputs, size: out,
     "scaling/ia3": lambda m, out, inputs, size: inputs if m.side == "input" else out,
     "scaling/ssf": lambda m, out, inputs, size: 2 * out,
     "selective/ist": lambda m, out, inputs, size: m.rank * (out + inputs),
@@ -104,6 +106,7 @@ FORMULAS = {
     "sparse/s2ft": lambda m, out, inputs, size: max(1, round(m.share * out)) * inputs,
     "sparse/taps": lambda m, out, inputs, size: size + 1,
     "sparse/sparse": lambda m, out, inputs, size: round(m.density * size),
+    "sparse/super_tuning": lambda m, out, inputs, size: int(m.density * size) + (m.rank or 0) * (out + inputs),
 }
 
 
@@ -142,6 +145,8 @@ FORMULAS_OF_SPOTS = {
     "prompts/dept": lambda m, site: m.count * site.inputs + m.rank * (m.length + site.inputs),
     "prompts/llama_adapter": lambda m, site: m.count * site.inputs + (site.heads if m.gate == "head" else 1),
     "prompts/prefix": lambda m, site: 2 * m.count * site.key_heads * site.width,
+    "prompts/cartridge": lambda m, site: 2 * (m.count - m.frozen) * site.key_heads * site.width,
+    "prompts/multitask_prompt": lambda m, site: m.count * site.inputs + m.tasks * m.rank * (m.count + site.inputs),
     "prompts/prompt": lambda m, site: m.count * site.inputs,
     "prompts/vpt": lambda m, site: m.count * site.inputs,
 }

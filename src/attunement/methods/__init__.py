@@ -11,6 +11,7 @@ from attunement.methods.low_rank.bone import Bone
 from attunement.methods.low_rank.colora import CoLoRA
 from attunement.methods.low_rank.conv_lora import ConvLoRA
 from attunement.methods.low_rank.corda import CorDA
+from attunement.methods.low_rank.deft import DEFT
 from attunement.methods.low_rank.delora import DeLoRA
 from attunement.methods.low_rank.dora import DoRA
 from attunement.methods.low_rank.eva import EVA
@@ -62,12 +63,15 @@ from attunement.methods.orthogonal.pego import PEGO
 from attunement.methods.orthogonal.psoft import PSOFT
 from attunement.methods.orthogonal.road import RoAd
 from attunement.methods.orthogonal.tarot import TaRot
+from attunement.methods.prompts.cartridge import Cartridge
 from attunement.methods.prompts.dept import DePT
 from attunement.methods.prompts.llama_adapter import LLaMAAdapter
+from attunement.methods.prompts.multitask_prompt import MultitaskPrompt
 from attunement.methods.prompts.p_tuning import PTuning
 from attunement.methods.prompts.prefix import Prefix
 from attunement.methods.prompts.prompt import Prompt
 from attunement.methods.prompts.vpt import VPT
+from attunement.methods.scaling.beft import BEFT
 from attunement.methods.scaling.ia3 import IA3
 from attunement.methods.scaling.ssf import SSF
 from attunement.methods.selective.ist import IST
@@ -84,6 +88,7 @@ from attunement.methods.sparse.r_amt import RAMT
 from attunement.methods.sparse.s2ft import S2FT
 from attunement.methods.sparse.sparse import Sparse
 from attunement.methods.sparse.spt import SPT
+from attunement.methods.sparse.super_tuning import SuperTuning
 from attunement.methods.sparse.taps import TAPS
 from attunement.methods.spectral.c3a import C3A
 from attunement.methods.spectral.fourierft import FourierFT
@@ -91,9 +96,11 @@ from attunement.methods.spectral.said import SAID
 from attunement.methods.spectral.waveft import WaveFT
 
 __all__ = [
+    "BEFT",
     "BOFT",
     "C3A",
     "CLOVER",
+    "DEFT",
     "EVA",
     "HRA",
     "IA3",
@@ -122,6 +129,7 @@ __all__ = [
     "AutoLoRA",
     "Bone",
     "Bottleneck",
+    "Cartridge",
     "CoLoRA",
     "ConvLoRA",
     "CorDA",
@@ -154,6 +162,7 @@ __all__ = [
     "MTLoRA",
     "MiSS",
     "MoS",
+    "MultitaskPrompt",
     "NLoRA",
     "NoRA",
     "OLoRA",
@@ -170,6 +179,7 @@ __all__ = [
     "SVFit",
     "ShareLoRA",
     "Sparse",
+    "SuperTuning",
     "TaRot",
     "TinyLoRA",
     "Train",

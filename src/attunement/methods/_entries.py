@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from attunement.errors import AttunementError
-from attunement.method import Tensors, fixed, seeded
+from attunement.method import Method, Tensors, fixed, seeded
 from attunement.site import Site
+from attunement.statistics import Statistics
 
 K = TypeVar("K", bound=Hashable)
 
@@ -43,10 +44,25 @@ def bare(site: Site, count: int) -> Tensors:
     return {"values": torch.zeros(count), "index": fixed(index)}
 
 
-def at_largest(site: Site, scores: Tensor, count: int) -> Tensors:
+def at_largest(scores: Tensor, count: int) -> Tensors:
     """`values` (count,), zero, and `index` (count,), rising, of the entries with the largest scores."""
     index = scores.flatten().topk(count, sorted=False).indices.sort().values
     return {"values": torch.zeros(count), "index": fixed(index.to(integer(scores.numel())))}
+
+
+class MostSensitive(Method):
+    """W' = W plus `values` at the entries of most Fisher information: `kept`, by a site's key, is how many it has."""
+
+    kept: Mapping[str, int] | None
+
+    def tensors(self, site: Site) -> Tensors:
+        return bare(site, (self.kept or {})[site.key])
+
+    def calibrate(self, site: Site, statistics: Statistics) -> Tensors:
+        return at_largest(statistics["fisher"], (self.kept or {})[site.key])
+
+    def delta(self, _: Tensor, values: Tensor, index: Tensor) -> Tensor:
+        return scattered(values, index, _)
 
 
 def largest(scores: Mapping[K, Tensor], count: int) -> dict[K, Tensor]:

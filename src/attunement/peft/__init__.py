@@ -2,7 +2,8 @@
 
 A `Format` maps one PEFT type to a method here: configuration to hyper-parameters, tensor names and shapes, and back.
 The tensors of a file, not the patterns in its configuration, say which modules are adapted. Modules that PEFT saves
-whole (`modules_to_save`, tuned norms) and biases are `Train`. What one side cannot express is refused with a sentence.
+whole (`modules_to_save`, tuned norms), biases and rows of embeddings are `Train`. What one side cannot express is
+refused with a sentence.
 
 A transposed `Conv1D` needs no conversion: both sides keep B (out, r) and A (r, in) for it.
 """

@@ -18,9 +18,11 @@ from attunement.method import Method
 from attunement.methods.selective.train import Train
 from attunement.peft.format import Format, own
 from attunement.peft.formats import FORMATS, KINDS, LAYERS, LN_TUNING
+from attunement.peft.lora import LORA
 from attunement.peft.prompts import PROMPTS
 from attunement.peft.prompts import read as read_prompts
 from attunement.peft.prompts import write as write_prompts
+from attunement.peft.tokens import BESIDE, ENDING, FIELDS, TRAINABLE_TOKENS, read_rows, write_rows
 from attunement.site import whole as gathered
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ def read(path: str | PathLike[str], model: nn.Module) -> tuple[dict[str, Method 
     if kind in PROMPTS:
         return read_prompts(config, storage.read(folder / WEIGHTS)[0], model)
     format = KINDS[kind]
-    known = PASSED_OVER | (format.fields if format is not None else set())
+    known = PASSED_OVER | FIELDS | (format.fields if format is not None else set())
     if other := sorted(field for field, value in config.items() if value and field not in known):
         raise AttunementError(f"peft: {folder} uses {other[0]}={config[other[0]]!r}, which has no counterpart here")
     if not (folder / WEIGHTS).exists():
@@ -126,6 +128,7 @@ def read(path: str | PathLike[str], model: nn.Module) -> tuple[dict[str, Method 
     pools: dict[str, dict[str, Tensor]] = {}
     adapted: dict[str, dict[str, Tensor]] = {}
     trained: dict[str, dict[str, Tensor]] = {}
+    rows: dict[str, Tensor] = {}
     state: dict[str, Tensor] = {}
     for key, tensor in contents.items():
         if key in shared:
@@ -142,6 +145,9 @@ def read(path: str | PathLike[str], model: nn.Module) -> tuple[dict[str, Method 
             pools.setdefault(word, {})[kept] = tensor
             continue
         key = key.removeprefix(PREFIX)
+        if key.endswith(ENDING):
+            rows[key.removesuffix(ENDING).removesuffix(BESIDE)] = tensor
+            continue
         suffix = next((suffix for suffix in (format.suffixes if format else ()) if key.endswith(f".{suffix}")), None)
         if suffix is not None:
             adapted.setdefault(key.removesuffix(f".{suffix}"), {})[suffix] = tensor
@@ -159,7 +165,7 @@ def read(path: str | PathLike[str], model: nn.Module) -> tuple[dict[str, Method 
     state.update({f"shared.0.{ours}": torch.stack([rows[i] for i in sorted(rows)]) for ours, rows in stacks.items()})
     if shared and not adapted:  # all that the file has is shared: where it goes is in the configuration alone
         adapted = {name: {} for name in _targeted(config, modules)}
-    if missing := sorted((adapted.keys() | trained.keys()) - modules.keys()):
+    if missing := sorted((adapted.keys() | trained.keys() | rows.keys()) - modules.keys()):
         raise AttunementError(f"peft: this model has no module {missing[0]!r}{nearest(missing[0], modules)}")
     places: dict[Method, list[str]] = {}
     for module, tensors in adapted.items():
@@ -183,6 +189,9 @@ def read(path: str | PathLike[str], model: nn.Module) -> tuple[dict[str, Method 
         only: Any = next(iter(tensors)) if len(tensors) == 1 and tensors.keys() <= {"weight", "bias"} else "all"
         places.setdefault(Train(only=only), []).append(module)
         state.update({f"{module}.{parameter}.copy": value for parameter, value in tensors.items()})
+    for module, chosen in read_rows(config, rows, modules).items():
+        places.setdefault(chosen, []).append(module)
+        state[f"{module}.weight.copy"] = rows[module]
     if not places:
         raise AttunementError(f"peft: {folder / WEIGHTS} holds no adapter tensors")
     recipe: dict[str, Method | None] = {_selection(method, names, modules): method for method, names in places.items()}
@@ -215,7 +224,8 @@ def written(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     state = adapter.state()
     modules = _modules(adapter.model)
     parts = {part.site.name: part for part in adapter.parts if not isinstance(part.method, Train)}
-    trained = [part for part in adapter.parts if isinstance(part.method, Train)]
+    in_rows = [part for part in adapter.parts if isinstance(part.method, Train) and part.method.rows is not None]
+    trained = [part for part in adapter.parts if isinstance(part.method, Train) and part.method.rows is None]
     tensors: dict[str, Tensor] = {}
     kinds = {FORMATS.get(type(part.method)) for part in parts.values()}
     types = sorted({type(part.method).__name__ for part in parts.values()})
@@ -228,9 +238,10 @@ def written(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if format is None:
             names = sorted({method.__name__ for method in FORMATS})
             raise AttunementError(f"peft: PEFT has no {types[0]}; it has {', '.join(names)} and whole modules")
-        if both := sorted(parts.keys() & whole):
+        if both := sorted(parts.keys() & (whole | {part.site.name for part in in_rows})):
+            how = "whole" if both[0] in whole else "in rows"
             raise AttunementError(
-                f"peft: {both[0]} is trained whole and adapted by {types[0]}; PEFT has one or the other"
+                f"peft: {both[0]} is trained {how} and adapted by {types[0]}; PEFT has one or the other"
             )
         for name, part in parts.items():
             _check(part, format)
@@ -252,6 +263,14 @@ def written(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors.update({f"{theirs}{number}": row for number, row in enumerate(stack)})
         config |= {"modules_to_save": sorted(whole) or None}
         marker = ""
+    elif in_rows:
+        if trained:
+            raise AttunementError(
+                f"peft: PEFT trains rows beside a LoRA or alone, and {trained[0].site.key} is trained too"
+            )
+        names = [part.site.name for part in in_rows]
+        config |= {"peft_type": TRAINABLE_TOKENS, "target_modules": _targets(names, modules)}
+        marker = ""
     else:
         norms = {part.site.name for part in trained if part.site.role == "norm"}
         if not norms:
@@ -261,6 +280,15 @@ def written(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
         rest = sorted(set(whole) - norms)
         config |= {"peft_type": LN_TUNING, "target_modules": _targets(norms, modules), "modules_to_save": rest or None}
         marker = ".ln_tuning_layers"
+    if in_rows:
+        if types and config["peft_type"] != LORA.kind:
+            raise AttunementError(
+                f"peft: {in_rows[0].site.key} is trained in some rows, which PEFT has beside LoRA and not {types[0]}"
+            )
+        ties = bool(getattr(getattr(adapter.model, "config", None), "tie_word_embeddings", False))
+        said, found = write_rows(in_rows, bool(types), ties)
+        config |= said
+        tensors.update({f"{PREFIX}{name}": value for name, value in found.items()})
     for part in trained:
         inner = marker if part.site.role == "norm" else ""
         module, prefix = part.site.module, f"{PREFIX}{part.site.name}{inner}"
@@ -288,8 +316,6 @@ def _whole_modules(trained: Iterable[Part]) -> set[str]:
     found: dict[str, set[str]] = {}
     modules: dict[str, nn.Module] = {}
     for part in trained:
-        if getattr(part.method, "rows", None) is not None:
-            raise AttunementError(f"peft: {part.site.key} is trained in some rows; PEFT saves whole modules")
         found.setdefault(part.site.name, set()).add(str(part.site.parameter))
         modules[part.site.name] = part.site.module
     for name, parameters in found.items():

@@ -8,6 +8,7 @@ from attunement.methods.low_rank.adamss import AdaMSS
 from attunement.methods.low_rank.as_lora import ASLoRA
 from attunement.methods.low_rank.bone import Bone
 from attunement.methods.low_rank.corda import CorDA
+from attunement.methods.low_rank.deft import DEFT
 from attunement.methods.low_rank.delora import DeLoRA
 from attunement.methods.low_rank.dora import DoRA
 from attunement.methods.low_rank.eva import EVA
@@ -40,9 +41,11 @@ from attunement.methods.orthogonal.oft import OFT
 from attunement.methods.orthogonal.osf import OSF
 from attunement.methods.orthogonal.psoft import PSOFT
 from attunement.methods.orthogonal.road import RoAd
+from attunement.methods.scaling.beft import BEFT
 from attunement.methods.scaling.ia3 import IA3
 from attunement.methods.selective.ist import IST
 from attunement.methods.sparse.sparse import Sparse
+from attunement.methods.sparse.super_tuning import SuperTuning
 from attunement.methods.spectral.c3a import C3A
 from attunement.methods.spectral.fourierft import FourierFT
 from attunement.methods.spectral.waveft import WaveFT
@@ -52,6 +55,7 @@ from attunement.peft.orthogonal import BOFT_, HRA_, OFT_, OSF_, PSOFT_
 from attunement.peft.products import (
     BONE,
     C3A_,
+    DEFT_,
     DELORA,
     FOURIERFT,
     GLORA,
@@ -66,8 +70,9 @@ from attunement.peft.products import (
     VBLORA,
     WAVEFT,
 )
-from attunement.peft.seeded import ADAMSS, FROD, FROZEN, LILY, PVERA, TINYLORA, UNILORA
-from attunement.peft.vectors import IA3_, SHIRA, VERA
+from attunement.peft.seeded import ADAMSS, FROD, FROZEN, LILY, PVERA, TINYLORA, UNILORA, VERA
+from attunement.peft.tokens import TRAINABLE_TOKENS
+from attunement.peft.vectors import BEFT_, IA3_, SHIRA, SUPERTUNING
 
 LN_TUNING = "LN_TUNING"
 FORMATS: dict[type[Method], Format] = {
@@ -75,11 +80,13 @@ FORMATS: dict[type[Method], Format] = {
     DoRA: LORA,
     VeRA: VERA,
     IA3: IA3_,
+    BEFT: BEFT_,
     HRA: HRA_,
     OFT: OFT_,
     BOFT: BOFT_,
     OSF: OSF_,
     Sparse: SHIRA,
+    SuperTuning: SUPERTUNING,
     IST: LORA,
     EVA: LORA,
     CorDA: STARTED,
@@ -96,6 +103,7 @@ FORMATS: dict[type[Method], Format] = {
     HiRA: HIRA,
     MiSS: MISS,
     Bone: BONE,
+    DEFT: DEFT_,
     DeLoRA: DELORA,
     VBLoRA: VBLORA,
     RandLoRA: RANDLORA,
@@ -117,4 +125,7 @@ FORMATS: dict[type[Method], Format] = {
 }
 LAYERS = {layer for format in FORMATS.values() for layer in format.layers}
 """The classes of which it is known for every format whether PEFT has it there."""
-KINDS: dict[str, Format | None] = {**{format.kind: format for format in FORMATS.values()}, LN_TUNING: None}
+KINDS: dict[str, Format | None] = {
+    **{format.kind: format for format in FORMATS.values()},
+    **dict.fromkeys((LN_TUNING, TRAINABLE_TOKENS)),
+}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from attunement.methods.orthogonal.hra import HRA
 from attunement.methods.orthogonal.oft import OFT
 from attunement.methods.orthogonal.osf import OSF
 from attunement.methods.orthogonal.psoft import PSOFT
-from attunement.peft.format import Config, Format, Named, most, one, own
+from attunement.peft.format import Config, Format, Named, one, own, patterned, plain
 from attunement.subspace import upright
 
 if TYPE_CHECKING:
@@ -34,13 +34,27 @@ def _read_hra(config: Config, module: str, layer: nn.Module, tensors: Named) -> 
     return HRA(rank=u.shape[1]), {"u": u}
 
 
-def _write_hra(part: Part, values: Named) -> Named:
-    return {"hra_u": values["u"]}
+HRA_ = dataclasses.replace(
+    plain("HRA", HRA, {"hra_u": "u"}, {"r": "rank"}, layers=("Linear", "Conv2d"), passed_over=("apply_GS",)),
+    read=_read_hra,
+)
+
+# --- Cayley's map as a series, which PEFT has for OFT and PSOFT ---
 
 
-def _config_hra(parts: Mapping[str, Part]) -> Config:
-    methods: list[Any] = [part.method for part in parts.values()]
-    return {"r": one("rank", (method.rank for method in methods)), "apply_GS": False, "bias": "none"}
+def _terms(config: Config, module: str, default: bool) -> int | None:
+    terms: int = config.get("num_cayley_neumann_terms", 5)
+    if not config.get("use_cayley_neumann", default):
+        return None
+    if terms < 3:
+        raise AttunementError(
+            f"peft: {module} has a series of {terms} terms, which is no rotation; the least here are 4"
+        )
+    return max(terms, 4)  # PEFT takes a fourth term where it is asked for three
+
+
+def _series(terms: int | None) -> Config:
+    return {"use_cayley_neumann": terms is not None, "num_cayley_neumann_terms": terms or 5}
 
 
 # --- OFT ---
@@ -48,14 +62,10 @@ def _config_hra(parts: Mapping[str, Part]) -> Config:
 
 def _read_oft(config: Config, module: str, layer: nn.Module, tensors: Named) -> tuple[Method, Named]:
     Q = tensors["oft_R.weight"]  # (blocks, b (b - 1) / 2)
-    terms = config.get("num_cayley_neumann_terms", 5) if config.get("use_cayley_neumann", True) else None
-    if terms is not None and terms < 3:
-        raise AttunementError(
-            f"peft: {module} has a series of {terms} terms, which is no rotation; the least here are 4"
-        )
+    terms = _terms(config, module, default=True)
     method = OFT(
         block_size=(1 + math.isqrt(1 + 8 * Q.shape[1])) // 2,
-        terms=None if terms is None else max(terms, 4),  # PEFT takes a fourth term where it is asked for three
+        terms=terms,
         constraint=config.get("eps", 6e-5) if config.get("coft") else None,
         shared_block=bool(config.get("block_share")),
     )
@@ -73,8 +83,7 @@ def _config_oft(parts: Mapping[str, Part]) -> Config:
     return {
         "r": 0,
         "oft_block_size": oft.block_size,
-        "use_cayley_neumann": oft.terms is not None,
-        "num_cayley_neumann_terms": oft.terms or 5,
+        **_series(oft.terms),
         "coft": oft.constraint is not None,
         "eps": oft.constraint or 6e-5,
         "block_share": oft.shared_block,
@@ -118,26 +127,18 @@ def _config_boft(parts: Mapping[str, Part]) -> Config:
 
 # --- OSF ---
 
-
-def _read_osf(config: Config, module: str, layer: nn.Module, tensors: Named) -> tuple[Method, Named]:
-    values = {name: tensors[f"osf_svd_params.{key}"] for name, key in OSF_KEYS.items()}
-    kept = min(values["U"].shape[0], values["Vh"].shape[1]) - len(values["S"])
-    return OSF(frozen=kept), values
-
-
-def _write_osf(part: Part, values: Named) -> Named:
-    return {f"osf_svd_params.{key}": values[name] for name, key in OSF_KEYS.items()}
-
-
-def _config_osf(parts: Mapping[str, Part]) -> Config:
-    frozen: dict[str, Any] = {name: part.method.frozen for name, part in parts.items()}  # type: ignore[attr-defined]
-    usual = most(frozen.values())
-    others = {f"^{re.escape(name)}$": kept for name, kept in frozen.items() if kept != usual}
-    return {"effective_rank": usual, "rank_pattern": others or None}
-
-
-OSF_KEYS = {"U": "U_low", "S": "S_low", "Vh": "V_low"}
-
+OSF_ = plain(
+    "OSF",
+    OSF,
+    {"osf_svd_params.U_low": "U", "osf_svd_params.S_low": "S", "osf_svd_params.V_low": "Vh"},
+    passed_over=("effective_rank", "rank_pattern", "target_svd_config"),
+    sizes=lambda config, t: {"frozen": min(t["U"].shape[0], t["Vh"].shape[1]) - len(t["S"])},
+    also=lambda parts: patterned(
+        "effective_rank",
+        {name: part.method.frozen for name, part in parts.items()},  # type: ignore[attr-defined]
+        "rank_pattern",
+    ),
+)
 
 # --- PSOFT: PEFT decomposes the base again at load, and takes the signs of singular vectors as they come ---
 
@@ -160,16 +161,11 @@ def _read_psoft(config: Config, module: str, layer: nn.Module, tensors: Named) -
             if odd
             else f"peft: {module} has one of two magnitudes; PSOFT here has both or none"
         )
-    terms = config.get("num_cayley_neumann_terms", 5) if config.get("use_cayley_neumann") else None
-    if terms is not None and terms < 3:
-        raise AttunementError(
-            f"peft: {module} has a series of {terms} terms, which is no rotation; the least here are 4"
-        )
     Q = tensors["psoft_R.weight"]
     rank = config.get("r", 32)
     method = PSOFT(
         rank=rank,
-        terms=None if terms is None else max(terms, 4),
+        terms=_terms(config, module, default=False),
         magnitudes=magnitudes[0],
         dropout=config.get("psoft_dropout", 0.0),
         exact=True,
@@ -197,20 +193,10 @@ def _config_psoft(parts: Mapping[str, Part]) -> Config:
         "psoft_dropout": psoft.dropout,
         "psoft_mag_a": psoft.magnitudes,
         "psoft_mag_b": psoft.magnitudes,
-        "use_cayley_neumann": psoft.terms is not None,
-        "num_cayley_neumann_terms": psoft.terms or 5,
+        **_series(psoft.terms),
     }
 
 
-HRA_ = Format(
-    kind="HRA",
-    suffixes=("hra_u",),
-    fields=frozenset({"r", "apply_GS"}),
-    layers=("Linear", "Conv2d"),
-    read=_read_hra,
-    write=_write_hra,
-    config=_config_hra,
-)
 OFT_ = Format(
     kind="OFT",
     suffixes=("oft_R.weight", "oft_embedding_R.weight"),
@@ -229,15 +215,6 @@ BOFT_ = Format(
     read=_read_boft,
     write=_write_boft,
     config=_config_boft,
-)
-OSF_ = Format(
-    kind="OSF",
-    suffixes=tuple(f"osf_svd_params.{key}" for key in OSF_KEYS.values()),
-    fields=frozenset({"effective_rank", "rank_pattern", "target_svd_config"}),
-    layers=("Linear",),
-    read=_read_osf,
-    write=_write_osf,
-    config=_config_osf,
 )
 PSOFT_ = Format(
     kind="PSOFT",

@@ -13,6 +13,7 @@ from attunement.errors import AttunementError
 from attunement.method import Method
 from attunement.methods.bottleneck.bottleneck import ACTIVATIONS
 from attunement.methods.low_rank.bone import Bone
+from attunement.methods.low_rank.deft import DEFT
 from attunement.methods.low_rank.delora import DeLoRA
 from attunement.methods.low_rank.glora import GLoRA
 from attunement.methods.low_rank.gralora import GraLoRA
@@ -201,6 +202,42 @@ ROAD = plain(
     passed_over=("variant",),
     sizes=lambda config, t: {"variant": int(config.get("variant", "road_1").removeprefix("road_"))},
     also=lambda parts: {"variant": f"road_{one('variant', each(parts, lambda method: method.variant).values())}"},
+)
+
+
+# --- DEFT: PEFT takes the signs of orthonormal directions as its decomposition gives them ---
+
+
+def _turned(method: Any, values: Named) -> Named:
+    """P and R with the rows of R to the directions of the other side, which differ in their signs at most."""
+    if method.decomposition != "qr" or "R" not in values:
+        return values
+    sign = torch.linalg.qr(values["P"].float()).R.diagonal().sign()
+    return {**values, "R": values["R"] * sign.to(values["R"])[:, None]}
+
+
+def _read_deft(config: Config, module: str, layer: nn.Module, tensors: Named) -> tuple[Method, Named]:
+    values = {suffix.removeprefix("deft_"): tensor for suffix, tensor in tensors.items()}
+    fields = {"decomposition_method": "decomposition", "alpha": "alpha", "deft_dropout": "dropout", "para": "para"}
+    known: dict[str, Any] = {ours: config[theirs] for theirs, ours in fields.items() if theirs in config}
+    method = DEFT(rank=values["P"].shape[1], **known)
+    return method, _turned(method, values)
+
+
+def _config_deft(parts: Parts) -> Config:
+    deft: Any = one("DEFT", each(parts, lambda method: method).values())
+    said = {"decomposition_method": deft.decomposition, "alpha": deft.alpha, "deft_dropout": deft.dropout}
+    return {"r": deft.rank, **said, "para": deft.para, "fan_in_fan_out": transposed(parts), "bias": "none"}
+
+
+DEFT_ = Format(
+    kind="DEFT",
+    suffixes=("deft_P", "deft_R"),
+    fields=frozenset({"r", "decomposition_method", "init_scale", "alpha", "para", "deft_dropout"}),
+    layers=("Linear", "Conv1D"),
+    read=_read_deft,
+    write=lambda part, values: {f"deft_{name}": value for name, value in _turned(part.method, values).items()},
+    config=_config_deft,
 )
 
 

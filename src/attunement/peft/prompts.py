@@ -1,7 +1,7 @@
-"""PEFT's format of prompts, P-tuning, prefixes and LLaMA-Adapter, both ways: what has no place at a single matrix.
+"""PEFT's format of prompts, prefixes and LLaMA-Adapter, both ways: what has no place at a single matrix.
 
-PEFT keeps what the prompt encoder made and not the encoder, so a P-tuning checkpoint is a `Prompt` here. A prefix in
-PEFT is a cache, which moves the text by its length: `Prefix(offset_positions=True)`.
+PEFT keeps what the prompt encoder made and not the encoder, so a checkpoint of P-tuning or CPT is a `Prompt` here. A
+prefix in PEFT is a cache, which moves the text by its length: `Prefix(offset_positions=True)`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from attunement.anatomy import Anatomy, Place, anatomy
 from attunement.attention import AttentionSite, attention_site
 from attunement.errors import AttunementError
 from attunement.method import Method
+from attunement.methods.prompts.cartridge import Cartridge
 from attunement.methods.prompts.llama_adapter import LLaMAAdapter
+from attunement.methods.prompts.multitask_prompt import MultitaskPrompt
 from attunement.methods.prompts.p_tuning import PTuning
 from attunement.methods.prompts.prefix import Prefix
 from attunement.methods.prompts.prompt import Prompt, first_backbones
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
     from attunement.adapter import Adapter
     from attunement.part import Part
 
-PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT")
+MULTITASK = "MULTITASK_PROMPT_TUNING"
+PROMPTS = ("PROMPT_TUNING", "P_TUNING", "CPT", MULTITASK, "PREFIX_TUNING", "CARTRIDGE", "ADAPTION_PROMPT")
 Read = tuple[dict[Any, Method | None], dict[str, Tensor]]
 
 
@@ -37,10 +40,10 @@ def read(config: Mapping[str, Any], contents: Mapping[str, Tensor], model: nn.Mo
     kind = config["peft_type"]
     if kind == "ADAPTION_PROMPT":
         recipe, tensors = _read_adaption(contents, structure)
-    elif kind == "PREFIX_TUNING":
+    elif kind in ("PREFIX_TUNING", "CARTRIDGE"):
         recipe, tensors = _read_prefix(config, contents["prompt_embeddings"], structure)
     else:
-        recipe, tensors = _read_prompt(config, contents["prompt_embeddings"], structure)
+        recipe, tensors = _read_prompt(config, contents, structure)
     heads: dict[str, None] = {}
     for key, value in contents.items():
         found = re.fullmatch(r"base_model\.(?:model\.)?(.+)\.(weight|bias)", key)
@@ -53,7 +56,7 @@ def read(config: Mapping[str, Any], contents: Mapping[str, Tensor], model: nn.Mo
     return recipe, tensors
 
 
-def _read_prompt(config: Mapping[str, Any], P: Tensor, structure: Anatomy) -> Read:
+def _read_prompt(config: Mapping[str, Any], contents: Mapping[str, Tensor], structure: Anatomy) -> Read:
     place = _backbone(structure)
     if config.get("task_type") == "SEQ_CLS" and not _pools_inside(structure, place):
         raise AttunementError(
@@ -61,8 +64,14 @@ def _read_prompt(config: Mapping[str, Any], P: Tensor, structure: Anatomy) -> Re
             "gives it a token of the prompt there, which stands in no output here"
         )
     count = int(config["num_virtual_tokens"])  # an encoder-decoder's file has as many again, which PEFT never reads
-    key = f"{place.name}.tokens.P" if place.name else "tokens.P"
-    return {first_backbones: Prompt(count=count)}, {key: P[:count]}
+    key = f"{place.name}.tokens" if place.name else "tokens"
+    tensors = {f"{key}.P": contents["prompt_embeddings"][:count]}
+    if config["peft_type"] != MULTITASK:
+        return {first_backbones: Prompt(count=count)}, tensors
+    _one_stack(structure, "multitask prompt")
+    U, V = contents["prefix_task_cols"], contents["prefix_task_rows"]  # (tasks, count, rank), (tasks, rank, width)
+    method = MultitaskPrompt(count=count, tasks=U.shape[0], rank=U.shape[2])
+    return {first_backbones: method}, {**tensors, f"{key}.U": U[:, :count], f"{key}.V": V}
 
 
 def _backbone(structure: Anatomy) -> Place:
@@ -83,21 +92,31 @@ def _attentions(structure: Anatomy, role: str = "attention") -> list[AttentionSi
     return [site for site in made if isinstance(site, AttentionSite)]
 
 
-def _read_prefix(config: Mapping[str, Any], flat: Tensor, structure: Anatomy) -> Read:
+def _one_stack(structure: Anatomy, what: str) -> None:
     if len(structure.stacks) > 1:
         raise AttunementError(
-            "peft: a prefix that PEFT made for an encoder-decoder stands in the decoder's cache, in an order of layers "
-            "of its own, which has no counterpart here"
+            f"peft: a {what} of an encoder-decoder stands in its decoder too in PEFT, which has no counterpart here"
         )
+
+
+def _read_prefix(config: Mapping[str, Any], flat: Tensor, structure: Anatomy) -> Read:
+    _one_stack(structure, "prefix")
     sites = _attentions(structure)
     count, tensors = flat.shape[0], dict[str, Tensor]()
     layers = int(config["num_layers"])
     if len(sites) != layers:
         raise AttunementError(f"peft: the prefix is for {layers} attentions, this model has {len(sites)}")
     each = flat.view(count, layers, 2, sites[0].key_heads, sites[0].width).permute(1, 2, 3, 0, 4)  # layer, k or v, head
-    for site, (K, V) in zip(sites, each, strict=True):
-        tensors |= {f"{site.key}.K": K.contiguous(), f"{site.key}.V": V.contiguous()}
-    return {"self_attention": Prefix(count=count, offset_positions=True)}, tensors
+    method = Prefix(count=count, offset_positions=True)
+    if config["peft_type"] == "CARTRIDGE":
+        method = Cartridge(count=count, frozen=config.get("num_frozen_tokens", 1))
+    frozen = getattr(method, "frozen", 0)
+    for site, pair in zip(sites, each, strict=True):
+        for name, value in zip("KV", pair, strict=True):
+            tensors[f"{site.key}.{name}"] = value[:, frozen:].contiguous()
+            if isinstance(method, Cartridge):
+                tensors[f"{site.key}.{name}0"] = value[:, :frozen].contiguous()
+    return {"self_attention": method}, tensors
 
 
 def _read_adaption(contents: Mapping[str, Tensor], structure: Anatomy) -> Read:
@@ -129,11 +148,13 @@ def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         AttunementError: for what PEFT cannot express: other methods beside it, a prefix that keeps positions, gates for
             each head.
     """
-    kinds = (Prompt, PTuning, Prefix, LLaMAAdapter)
+    kinds = (Prompt, PTuning, MultitaskPrompt, Prefix, LLaMAAdapter)
     parts = [part for part in adapter.parts if isinstance(part.method, kinds)]
     if not parts:
         return None
     others = [p for p in adapter.parts if p not in parts and p.method.acts_on != "parameter"]
+    if partly := next((p for p in adapter.parts if isinstance(p.method, Train) and p.method.rows is not None), None):
+        raise AttunementError(f"peft: {partly.site.key} is trained in some rows, which PEFT has beside LoRA or alone")
     if others or len({part.method for part in parts}) > 1:
         other = type((others or parts[1:])[0].method).__name__
         raise AttunementError(f"peft: {type(parts[0].method).__name__} stands alone in PEFT's format; got {other} too")
@@ -144,8 +165,14 @@ def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     elif isinstance(method, Prefix):
         made = _write_prefix(parts, config)
     else:
-        made = {"prompt_embeddings": parts[0].made().detach()}  # type: ignore[attr-defined]
-        encoder = "P_TUNING" if isinstance(method, PTuning) else "PROMPT_TUNING"
+        if isinstance(method, MultitaskPrompt):
+            _one_stack(anatomy(adapter.model), "multitask prompt")
+            encoder, words = MULTITASK, {"prompt_embeddings": "P", "prefix_task_cols": "U", "prefix_task_rows": "V"}
+            made = {theirs: parts[0].tensor(ours) for theirs, ours in words.items()}
+            config |= {"num_tasks": method.tasks, "num_ranks": method.rank}
+        else:
+            encoder = "P_TUNING" if isinstance(method, PTuning) else "PROMPT_TUNING"
+            made = {"prompt_embeddings": parts[0].made().detach()}  # type: ignore[attr-defined]
         config |= {"peft_type": encoder, "num_virtual_tokens": method.count, "token_dim": parts[0].site.inputs}
         config |= {"num_transformer_submodules": 1, "num_layers": None, "num_attention_heads": None}
     for part in adapter.parts:
@@ -167,14 +194,19 @@ def _write_prefix(parts: list[Part], config: dict[str, Any]) -> dict[str, Tensor
     if not method.offset_positions:
         raise AttunementError(
             "peft: a prefix in PEFT moves the text by its length, and this one does not; make it with "
-            "Prefix(offset_positions=True)"
+            f"{type(method).__name__}(offset_positions=True)"
         )
     if len(parts) != site.layers:
         raise AttunementError(f"peft: a prefix in PEFT is in all of {site.layers} layers, this one in {len(parts)}")
-    each = torch.stack([torch.stack((part.tensor("K"), part.tensor("V"))) for part in parts])
-    config |= {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": method.count, "num_layers": len(parts)}
+    config |= {"num_virtual_tokens": method.count, "num_layers": len(parts), "num_transformer_submodules": 1}
     config |= {"token_dim": site.key_heads * site.width, "num_attention_heads": site.key_heads}
-    config |= {"num_transformer_submodules": 1, "prefix_projection": False, "encoder_hidden_size": None}
+    if isinstance(method, Cartridge):
+        config |= {"peft_type": "CARTRIDGE", "num_frozen_tokens": method.frozen}
+        pairs = [[torch.cat((part.tensor(f"{name}0"), part.tensor(name)), dim=1) for name in "KV"] for part in parts]
+    else:
+        config |= {"peft_type": "PREFIX_TUNING", "prefix_projection": False, "encoder_hidden_size": None}
+        pairs = [[part.tensor(name) for name in "KV"] for part in parts]
+    each = torch.stack([torch.stack(pair) for pair in pairs])
     return {"prompt_embeddings": each.permute(3, 0, 1, 2, 4).reshape(method.count, -1)}  # (count, layers 2 heads width)
 
 

@@ -1,4 +1,4 @@
-"""What PEFT computes again from seeds and from the base: TinyLoRA, Uni-LoRA, PVeRA, AdaMSS; and LoRA with a frozen A."""
+"""What PEFT computes again from seeds or from the base: TinyLoRA, Uni-LoRA, VeRA, PVeRA, AdaMSS; and LoRA with a frozen A."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from attunement.methods.low_rank.lora import LoRA
 from attunement.methods.low_rank.pvera import PVeRA
 from attunement.methods.low_rank.tiny_lora import TinyLoRA
 from attunement.methods.low_rank.uni_lora import UniLoRA
+from attunement.methods.low_rank.vera import VeRA
 from attunement.methods.orthogonal.frod import FRoD, frame
 from attunement.peft.format import Config, Format, Named, one, own, plain, transposed
 from attunement.peft.lora import LORA
@@ -81,18 +82,28 @@ UNILORA = dataclasses.replace(
     ),
     write=_write_unilora,
 )
-PVERA = plain(
-    "PVERA",
-    PVeRA,
-    {"pvera_lambda_b": "b", "pvera_lambda_d": "d"},
-    {"r": "rank", "d_initial": "start", "projection_prng_key": "seed", "pvera_dropout": "dropout"},
-    layers=("Linear", "Conv1D"),
-    passed_over=("save_projection", "generator_seed"),
-    sizes=lambda config, tensors: {"stored": bool(config.get("save_projection", True))},
-    also=lambda parts: {"save_projection": one("stored", (p.method.stored for p in parts.values())), **_fan(parts)},  # type: ignore[attr-defined]
-    shared={"base_model.pvera_A": "A", "base_model.pvera_B": "B"},
-    stored=lambda config: bool(config.get("save_projection", True)),
-)
+
+
+def _projected(kind: str, made: type[Any]) -> Format:
+    """VeRA and its kin: two vectors a module, and one pair of matrices for all, which may follow from the seed."""
+    prefix = kind.lower()
+    fields = {"r": "rank", "d_initial": "start", "projection_prng_key": "seed", f"{prefix}_dropout": "dropout"}
+    return plain(
+        kind,
+        made,
+        {f"{prefix}_lambda_b": "b", f"{prefix}_lambda_d": "d"},
+        fields,
+        layers=("Linear", "Conv1D"),
+        passed_over=("save_projection", "generator_seed"),
+        sizes=lambda config, tensors: {"stored": bool(config.get("save_projection", True))},
+        also=lambda parts: {"save_projection": one("stored", (p.method.stored for p in parts.values())), **_fan(parts)},  # type: ignore[attr-defined]
+        shared={f"base_model.{prefix}_{name}": name for name in "AB"},
+        stored=lambda config: bool(config.get("save_projection", True)),
+    )
+
+
+VERA = _projected("VERA", VeRA)
+PVERA = _projected("PVERA", PVeRA)
 
 
 # --- AdaMSS: which row is in which cluster is not in the file ---

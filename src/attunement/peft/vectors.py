@@ -1,7 +1,8 @@
-"""Scaled vectors and sparse changes in PEFT's format: VeRA, (IA)^3, SHiRA."""
+"""Vectors and sparse changes in PEFT's format: (IA)^3, BEFT, SHiRA, Super-Tuning."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,45 +12,14 @@ from torch import nn
 
 from attunement.errors import AttunementError
 from attunement.method import Method
-from attunement.methods.low_rank.vera import VeRA
+from attunement.methods.scaling.beft import BEFT
 from attunement.methods.scaling.ia3 import IA3
 from attunement.methods.sparse.sparse import Sparse
-from attunement.peft.format import Config, Format, Named, most, one, own, transposed
+from attunement.methods.sparse.super_tuning import SuperTuning
+from attunement.peft.format import Config, Format, Named, most, one, own, plain, transposed
 
 if TYPE_CHECKING:
     from attunement.part import Part
-
-# --- VeRA ---
-
-
-def _read_vera(config: Config, module: str, layer: nn.Module, tensors: Named) -> tuple[Method, Named]:
-    b, d = tensors["vera_lambda_b"], tensors["vera_lambda_d"]
-    method = VeRA(
-        rank=d.shape[0],
-        start=config.get("d_initial", 0.1),
-        seed=config.get("projection_prng_key", 0),
-        stored=bool(config.get("save_projection", True)),
-        dropout=config.get("vera_dropout", 0.0),
-    )
-    return method, {"b": b, "d": d}
-
-
-def _write_vera(part: Part, values: Named) -> Named:
-    return {"vera_lambda_b": values["b"], "vera_lambda_d": values["d"]}
-
-
-def _config_vera(parts: Mapping[str, Part]) -> Config:
-    vera: Any = one("VeRA", (part.method for part in parts.values()))
-    return {
-        "r": vera.rank,
-        "d_initial": vera.start,
-        "projection_prng_key": vera.seed,
-        "save_projection": vera.stored,
-        "vera_dropout": vera.dropout,
-        "fan_in_fan_out": transposed(parts),
-        "bias": "none",
-    }
-
 
 # --- (IA)^3 ---
 
@@ -109,16 +79,44 @@ def _config_shira(parts: Mapping[str, Part]) -> Config:
     return {"r": rank, "mask_type": "random", "random_seed": seed}
 
 
-VERA = Format(
-    kind="VERA",
-    suffixes=("vera_lambda_b", "vera_lambda_d"),
-    fields=frozenset({"r", "d_initial", "projection_prng_key", "save_projection", "vera_dropout"}),
-    layers=("Linear", "Conv1D"),
-    read=_read_vera,
-    write=_write_vera,
-    config=_config_vera,
-    shared={"base_model.vera_A": "A", "base_model.vera_B": "B"},
-    stored=lambda config: bool(config.get("save_projection", True)),
+# --- Super-Tuning: PEFT has the density the other way round, and counts entries by it ---
+
+
+def _read_super(config: Config, module: str, layer: nn.Module, tensors: Named) -> tuple[Method, Named]:
+    values, largest = tensors["supertuning_values"], config.get("select_top", True)
+    scores = own(layer, "weight").abs().flatten()
+    index = tensors.get("supertuning_indices")  # some files leave them to the weights, from which PEFT has them
+    index = scores.topk(len(values), largest=largest).indices if index is None else index
+    order = index.argsort()
+    method = SuperTuning(
+        density=1 - config.get("sparsity", 0.99), largest=largest, rank=config.get("r"), alpha=config.get("lora_alpha")
+    )
+    low_rank = {name: tensors[f"supertuning_lora_{name}.weight"] for name in "AB" if method.rank is not None}
+    return method, {"values": values[order], "index": index[order], **low_rank}
+
+
+def _write_super(part: Part, values: Named) -> Named:
+    low_rank = {f"supertuning_lora_{name}.weight": values[name] for name in "AB" if name in values}
+    return {"supertuning_values": values["values"], "supertuning_indices": values["index"].int(), **low_rank}
+
+
+def _config_super(parts: Mapping[str, Part]) -> Config:
+    method: Any = one("SuperTuning", (part.method for part in parts.values()))
+    counts = {part.site.outputs * part.site.inputs: method.count(part.site) for part in parts.values()}
+    whole = 1 - method.density
+    sparsity = next(
+        (s for s in (whole, whole - 1e-12) if all(int(size * (1 - s)) == n for size, n in counts.items())), None
+    )
+    if sparsity is None:
+        raise AttunementError(f"peft: PEFT has no sparsity that keeps as many entries as a density of {method.density}")
+    alpha = {} if method.rank is None else {"lora_alpha": 2 * method.rank if method.alpha is None else method.alpha}
+    return {"sparsity": sparsity, "select_top": method.largest, "r": method.rank, **alpha}
+
+
+BEFT_ = dataclasses.replace(
+    plain("BEFT", BEFT, {"beft_bias": "shift"}),
+    read=lambda config, module, layer, tensors: (BEFT(), {"shift": tensors["beft_bias"].flatten()}),
+    write=lambda part, values: {"beft_bias": values["shift"][None]},
 )
 IA3_ = Format(
     kind="IA3",
@@ -137,4 +135,13 @@ SHIRA = Format(
     read=_read_shira,
     write=_write_shira,
     config=_config_shira,
+)
+SUPERTUNING = Format(
+    kind="SUPERTUNING",
+    suffixes=("supertuning_values", "supertuning_indices", "supertuning_lora_A.weight", "supertuning_lora_B.weight"),
+    fields=frozenset({"sparsity", "select_top", "r", "lora_alpha", "lora_dropout", "save_precomputed_indices"}),
+    layers=("Linear",),
+    read=_read_super,
+    write=_write_super,
+    config=_config_super,
 )

@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
 
 from pydantic import Field, PositiveInt
-from torch import Tensor
 
-from attunement.method import ParameterMethod, Tensors, register
-from attunement.methods._entries import at_largest, bare, largest, scattered
+from attunement.method import ParameterMethod, register
+from attunement.methods._entries import MostSensitive, largest
 from attunement.site import Site
 from attunement.statistics import Statistics
 
 
 @register("sparse/fish_mask", source="https://arxiv.org/abs/2111.09839")
-class FishMask(ParameterMethod):
+class FishMask(MostSensitive, ParameterMethod):
     """Fisher-induced sparse unchanging mask: W' = W, plus `values` at the entries `index`, both (count,).
 
     The entries are those of all chosen parameters together whose squared gradient of the loss, averaged over the data, is
@@ -47,12 +46,3 @@ class FishMask(ParameterMethod):
         found = largest(scores, min(self.count or max(1, round(self.share * total)), total))
         method = dataclasses.replace(self, kept={site.key: len(index) for site, index in found.items() if len(index)})
         return {site: method for site, index in found.items() if len(index)}
-
-    def tensors(self, site: Site) -> Tensors:
-        return bare(site, (self.kept or {})[site.key])
-
-    def calibrate(self, site: Site, statistics: Statistics) -> Tensors:
-        return at_largest(site, statistics["fisher"], (self.kept or {})[site.key])
-
-    def delta(self, _: Tensor, values: Tensor, index: Tensor) -> Tensor:
-        return scattered(values, index, _)

@@ -8,17 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
 
 from pydantic import Field, PositiveFloat, PositiveInt
-from torch import Tensor
 
-from attunement.method import Method, Tensors, WeightMethod, register
-from attunement.methods._entries import at_largest, bare, rankings, scattered
+from attunement.method import Method, WeightMethod, register
+from attunement.methods._entries import MostSensitive, rankings
 from attunement.methods.low_rank.lora import LoRA
 from attunement.site import Site
 from attunement.statistics import Statistics
 
 
 @register("sparse/spt", source="https://arxiv.org/abs/2303.08566")
-class SPT(WeightMethod):
+class SPT(MostSensitive, WeightMethod):
     """Sensitivity-aware tuning: W' = W + B A where much is sensitive, else W' = W plus `values` (count,) at `index`.
 
     The sensitivity of an entry is its squared gradient, summed over the data. Of the t most sensitive entries of all
@@ -66,12 +65,3 @@ class SPT(WeightMethod):
         kept = {s.key: math.ceil(n / math.prod(s.batch)) for s, n in best[1].items() if n and s not in structured}
         alone = dataclasses.replace(self, kept=kept or None)
         return {s: lora if s in structured else alone for s, n in best[1].items() if n}
-
-    def tensors(self, site: Site) -> Tensors:
-        return bare(site, (self.kept or {})[site.key])
-
-    def calibrate(self, site: Site, statistics: Statistics) -> Tensors:
-        return at_largest(site, statistics["fisher"], (self.kept or {})[site.key])
-
-    def delta(self, _: Tensor, values: Tensor, index: Tensor) -> Tensor:
-        return scattered(values, index, _)
