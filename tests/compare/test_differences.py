@@ -110,6 +110,32 @@ def test_chance_alone_is_seldom_called_better() -> None:
     assert careless > wrong  # the highest was found by looking: its lead over the lowest is what chance makes largest
 
 
+def test_a_method_that_collapses_hides_nothing_but_itself() -> None:
+    random = numpy.random.default_rng(5)
+    methods = {f"m{i}": of(list(random.normal(0.80, 0.01, 3))) for i in range(12)}
+    weak = {f"weak{i}": of(list(random.normal(0.70, 0.01, 3))) for i in range(3)}
+    best = of(list(random.normal(0.83, 0.01, 3)))
+    collapsed = {"wild": of([0.83, 0.82, 0.01]), "low": of([0.70, 0.60, 0.02])}
+    calm = prior([best, *methods.values(), *weak.values()])
+    common = prior([best, *methods.values(), *weak.values(), *collapsed.values()])
+    assert common.variance == pytest.approx(calm.variance, rel=0.5)
+    made = compare(best, methods | weak | collapsed, common, chosen=True)
+    assert all(made[name].sure for name in weak)
+    assert not any(made[name].sure for name in collapsed)
+
+
+def test_chance_alone_is_seldom_called_better_where_some_methods_are_wild() -> None:
+    random = numpy.random.default_rng(11)
+    wrong = 0
+    for _ in range(60):
+        noise = [0.01] * 24 + [0.1] * 6
+        methods = {f"m{i}": of(list(random.normal(0.8, spread, 3))) for i, spread in enumerate(noise)}
+        common = prior(list(methods.values()))
+        best = methods.pop(max(methods, key=lambda name: estimate(methods[name]).mean))
+        wrong += any(one.sure for one in compare(best, methods, common, chosen=True).values())
+    assert wrong <= 6
+
+
 def test_a_real_lead_is_seen_at_three_seeds_among_sixty() -> None:
     random = numpy.random.default_rng(1)
     methods = {f"m{i}": of(list(random.normal(0.75, 0.01, 3))) for i in range(60)}

@@ -4,7 +4,8 @@ Intervals are Student's t at 95 %, not the bootstrap: three seeds have ten disti
 the truth three times in four. Methods are compared on the differences at the same task and seed, which removes what a
 seed does to all of them. The variance of three differences is itself mostly noise, so it is drawn towards what the
 other pairs of the study show, by as much as they agree (the moderated t of Smyth, 2004,
-https://doi.org/10.2202/1544-6115.1027; with few pairs this is the plain paired t). Many comparisons with one method
+https://doi.org/10.2202/1544-6115.1027, with few pairs the plain paired t; pairs of a wild variance are left out of it
+and judged by their own, as Phipson et al., 2016, do, https://doi.org/10.1214/16-AOAS920). Many comparisons with one method
 are corrected by Holm's steps, those with the best one for all pairs since it was found by looking. The interval of
 each difference is taken at the level of its own step: it excludes zero exactly where the corrected test rejects, so
 that `better` has one meaning.
@@ -18,11 +19,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy
-from scipy import optimize, special, stats
+from scipy import optimize, stats
 
 LEVEL = 0.95
 FEWEST_PAIRS = 10
 """Pairs of methods from which a common variance is learned; below this each has its own alone."""
+
+UNLIKELY = 0.01
+"""Of a variance under the common one: below this a pair is judged by its own, which can only make it less sure."""
 
 Values = Mapping[tuple[str, int], float]
 """What was measured at a task and a seed."""
@@ -81,8 +85,10 @@ def estimate(values: Values) -> Estimate:
 def prior(methods: Sequence[Values]) -> Prior:
     """The common variance of differences, from every pair of methods.
 
-    Smyth's estimate: the logarithms of sample variances scatter by what their degrees explain and by what differs
-    between pairs; the second is what is left. Pairs without any difference are one function twice and say nothing.
+    Sample variances scatter by what their degrees explain and by what differs between pairs: a variance with its degrees
+    is Smyth's F distribution. It is matched at its quartiles, not by its moments, so that a method with a seed that
+    collapsed does not take from the others what they know of each other. Pairs without any difference are one function
+    twice and say nothing.
     """
     found: dict[int, list[float]] = {}
     for one, other in itertools.combinations(methods, 2):
@@ -96,15 +102,19 @@ def prior(methods: Sequence[Values]) -> Prior:
     if len(variances) < FEWEST_PAIRS:
         return Prior()
     logs = numpy.log(numpy.maximum(variances, 1e-5 * numpy.median(variances)))
-    centred = logs - special.digamma(degrees / 2) + math.log(degrees / 2)
-    spread = float(numpy.var(centred, ddof=1) - special.polygamma(1, degrees / 2))
-    most = float(degrees * (len(methods) - 1))  # pairs share methods: they know no more than all runs together
-    if spread <= 0:  # nothing but what the degrees explain: all pairs share one variance
-        return Prior(float(numpy.mean(variances)), most)
-    half = optimize.brentq(lambda d: float(special.polygamma(1, d)) - spread, 1e-6, 1e9)
-    return Prior(
-        math.exp(float(numpy.mean(centred)) + float(special.digamma(half)) - math.log(half)), min(2 * half, most)
-    )
+    low, middle, high = numpy.quantile(logs, (0.25, 0.5, 0.75))
+
+    def excess(worth: float) -> float:
+        """How much further apart the quartiles are than those of variances that share one worth so many degrees."""
+        first, third = numpy.log(stats.f.ppf((0.25, 0.75), degrees, worth))
+        return float((high - low) - (third - first))
+
+    least, most = (
+        0.1,
+        float(degrees * (len(methods) - 1)),
+    )  # pairs share methods: they know no more than all runs together
+    worth = most if excess(most) <= 0 else least if excess(least) >= 0 else optimize.brentq(excess, least, most)
+    return Prior(math.exp(float(middle) - math.log(stats.f.ppf(0.5, degrees, worth))), float(worth))
 
 
 def compare(
@@ -124,8 +134,9 @@ def compare(
         if not degrees:
             tests[name] = (mean, math.inf, 0.0, 1.0, len(difference))
             continue
-        total = float(degrees + common.degrees)
-        variance = (degrees * variance + common.degrees * common.variance) / total
+        shared = 0.0 if _wild(variance, degrees, common) else common.degrees
+        total = float(degrees + shared)
+        variance = (degrees * variance + shared * common.variance) / total
         same = all(value == 0 for value in difference.values())
         error = math.sqrt(variance * _weight(difference))
         p = 1.0 if same else 0.0 if not error else 2 * float(stats.t.sf(abs(mean) / error, total))
@@ -159,6 +170,13 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
             found += [i for i in places if points[i] == (cost, top)]
             best = top
     return found
+
+
+def _wild(variance: float, degrees: int, common: Prior) -> bool:
+    """Whether a variance is so far above the common one that it is another: it then stands for itself alone."""
+    if not common.degrees or not common.variance:
+        return False
+    return bool(stats.f.sf(variance / common.variance, degrees, common.degrees) < UNLIKELY)
 
 
 def _minus(one: Values, other: Values) -> dict[tuple[str, int], float]:
