@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import transformers
 from tiny_studies import WORDS, plain
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from attunement.compare import report
 from attunement.compare.study import Study, made
 
 
@@ -36,6 +38,12 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report of a study without its charts, which take longer than a tiny study."""
+    monkeypatch.setattr(report, "write", partial(report.write, pictures=False))
 
 
 @pytest.fixture

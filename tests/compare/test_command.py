@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,10 @@ import yaml
 from rich.console import Console
 from tiny_studies import plain
 
-from attunement import cli
-from attunement.compare import records
-
-
-@pytest.fixture
-def attune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command in this process: exit code, what it printed, what it complained of."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["attune", *map(str, arguments)])
-        monkeypatch.setattr(cli, "console", Console(width=160))
-        monkeypatch.setattr(cli, "errors", Console(stderr=True, width=160))
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as left:
-            code = left.code
-        said = capsys.readouterr()
-        return int(str(code or 0)), said.out, said.err
-
-    return call
+from attunement.compare import records, trial
+from attunement.compare.command import Display
+from attunement.compare.engine import Tally
+from attunement.compare.trial import Outcome
 
 
 @pytest.mark.parametrize(
@@ -56,7 +38,7 @@ def test_a_refusal_is_one_sentence(attune: Any, arguments: list[str], sentence: 
     assert sentence in errors
 
 
-def test_a_study_from_the_command_line(attune: Any, tmp_path: Path, bert: Path) -> None:
+def test_a_study_from_the_command_line(attune: Any, tmp_path: Path, bert: Path, no_pictures: None) -> None:
     values = plain(tmp_path, bert, search={"trials": 1, "spread": 1}, seeds=1)
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(values))
@@ -72,7 +54,29 @@ def test_a_study_from_the_command_line(attune: Any, tmp_path: Path, bert: Path) 
     assert (tmp_path / "study" / "report.html").is_file()
 
 
-def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path, bert: Path) -> None:
+def test_a_model_that_is_not_there_is_one_sentence(attune: Any, tmp_path: Path, bert: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(plain(tmp_path, bert, model="nobody/no-such-model")))
+    code, said, errors = attune("compare", file)
+    assert (code, said, errors.count("\n")) == (2, "", 1)
+    assert "'nobody/no-such-model' cannot be loaded: " in errors
+
+
+def test_the_time_left_is_that_of_trials_that_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    display = Display(Console(quiet=True))
+    said = []
+    for now[0], done, still in ((0, 10, 0), (1, 13, 3), (600, 15, 3), (1200, 17, 3)):
+        tally = Tally(total=37, done=done, still=still)
+        display(tally)
+        said.append(display._left(tally))
+    assert said == ["", "", "about 1.8 h left", "about 1.7 h left"], "two were done every 600 s, by any process"
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
+    attune: Any, tmp_path: Path, bert: Path, no_pictures: None
+) -> None:
     values = plain(tmp_path, bert, search={"trials": 1, "spread": 1}, seeds=1)
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(values))
@@ -92,9 +96,31 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path: Path, bert: P
     assert "Go on with: " in said
     assert f"compare {file}" in said
     assert 2 <= len(records.read(tmp_path / "study").trials) < 7
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
+    code, _, errors = attune("compare", file)
+    assert code == 0, errors
     assert len(records.read(tmp_path / "study").trials) == 7
+
+
+def test_ctrl_c_is_not_lost_in_a_finalizer(
+    attune: Any, tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0)  # Python runs the handler here, and drops what it raises
+
+    def run(*_: Any) -> Outcome:
+        Late()
+        return Outcome(quality=0.5)
+
+    monkeypatch.setattr(trial, "run", run)
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(plain(tmp_path, bert)))
+    code, said, _ = attune("compare", file)
+    assert (code, signal.getsignal(signal.SIGINT)) == (130, signal.default_int_handler)
+    assert "1 finished trials are kept" in said
+    assert len(records.read(tmp_path / "study").trials) == 1
 
 
 def test_the_demo_is_a_study_of_four_methods() -> None:

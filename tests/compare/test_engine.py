@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import sqlite3
@@ -26,6 +27,8 @@ from attunement.compare import trial as trials
 from attunement.compare.database import difference, good
 from attunement.compare.engine import Engine, best_rate, spread
 from attunement.compare.study import Study, entries, made
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 KILLED = """
 import sys, yaml
@@ -214,7 +217,7 @@ def test_what_crashes_diverges_or_cannot_act_is_recorded_and_the_study_goes_on(t
 
 
 def test_a_budget_ends_every_search_after_the_same_number(
-    straight: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    straight: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attune: Any
 ) -> None:
     study = straight.model_copy(update={"output": str(tmp_path / "budget"), "budget": "1h"})
     engine = Engine(study)
@@ -234,11 +237,18 @@ def test_a_budget_ends_every_search_after_the_same_number(
     assert set(tried.values()) - {0} == {2}
     assert "every search ended after 2 of 3 rates" in tally.missing
     assert any("seeds" in said for said in tally.missing)
+    assert list(records.read(study.folder).missing) == tally.missing
+    assert "The budget was spent: every search ended after 2 of 3" in (study.folder / "report.html").read_text()
+    assert "was spent: every search ended after 2 of 3 rates; tiny: " in attune("recommend", study.folder)[1]
+    assert json.loads(attune("recommend", study.folder, "--json")[1])["missing"] == tally.missing
     finals = [one for one in found if one.stage == "final"]
     assert {one.label for one in finals} == {entry.label for entry in entries(study)}, "each had a seed before a second"
     monkeypatch.setattr(trials, "run", real)
     more = study.model_copy(update={"budget": None})
-    Engine(more).work()
+    assert Engine(more).work().missing == []
+    assert records.read(study.folder).missing == ()
+    assert not (study.folder / records.MISSING).exists()
+    assert "budget was spent" not in (study.folder / "report.html").read_text()
     assert {one[:5] for one in figures(more) if "/search/" in one[0]} == {
         one[:5] for one in figures(straight) if "/search/" in one[0]
     }

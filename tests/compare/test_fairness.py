@@ -17,6 +17,8 @@ from attunement.compare.records import Trial
 from attunement.compare.statistics import compare
 from attunement.method import kaiming
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 @pytest.fixture
 def broken() -> Iterator[str]:

@@ -128,6 +128,15 @@ def test_the_command_prints_choices_with_reasons_and_recipes(folder: Path) -> No
     assert recipe == made["choices"][1]["recipe"]
 
 
+def test_of_several_tasks_it_says_who_has_no_result_on_all(folder: Path, tmp_path: Path) -> None:
+    known = records.read(folder)
+    left = [t for t in known.trials if (t.task, t.label) != ("mrpc", "ia3")]
+    records.write(tmp_path, known.settings, left)
+    assert "Without a result on every task, and so not compared here: ia3;" in " ".join(run(str(tmp_path)).split())
+    assert "Without a result" not in run(str(tmp_path), "--task", "banking77")
+    assert "Without a result" not in run(str(folder))
+
+
 def test_without_a_study_the_committed_results_are_asked(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

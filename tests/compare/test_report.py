@@ -15,7 +15,7 @@ import pytest
 import synthetic
 from scipy import stats
 
-from attunement.compare import findings, pictures, records, report, table
+from attunement.compare import findings, markup, pictures, records, report, table
 from attunement.compare.records import Study, Trial
 from attunement.compare.table import ALL
 
@@ -141,6 +141,13 @@ def test_the_recipe_of_a_row_trains_it(made: Study, rows: dict[str, list[table.R
     assert recipe["data"] == {"train": "banking77.csv"}
 
 
+def test_a_recipe_imports_what_the_study_imports(made: Study, rows: dict[str, list[table.Row]]) -> None:
+    study = dataclasses.replace(made, settings={**made.settings, "imports": ["own.py"]})
+    assert "imports:\n- own.py" in table.recipe(study, rows["mrpc"][0])
+    assert "imports" not in table.recipe(study, rows[ALL][0])  # the adapter section alone
+    assert "imports" not in table.recipe(made, rows["mrpc"][0])
+
+
 def test_the_page_is_one_file_with_nothing_from_outside(made: Study) -> None:
     page = report.page(made)
     assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", page)
@@ -219,6 +226,54 @@ def test_a_method_without_a_result_is_in_the_table_with_its_reason(made: Study) 
     assert "No final run: RuntimeError: The size of tensor a (384)" in line
     young = Trial(id="x", task="t", method="low_rank/lora", label="lora", stage="search", quality=0.5, rate=1e-3)
     assert "No final run yet" in report.page(Study("young", {}, (young,)))
+
+
+def test_of_all_tasks_the_table_has_the_means_on_each(made: Study) -> None:
+    left = [t for t in made.trials if (t.task, t.label) != ("mrpc", "ia3")]
+    study = dataclasses.replace(made, trials=tuple(left))
+    found = table.rows(study)
+    page = report.page(study, found)
+    assert "Task by task" in page
+    assert "for want of a result on one: ia3." in page
+    own = {row.label: row for row in found["banking77"]}
+
+    def line(label: str) -> str:
+        return next(line for line in page.split("<tr ") if f'data-v="{label}"' in line)  # of all tasks: the first
+
+    best = found["banking77"][0].label
+    assert f'<td class="best" data-v="{own[best].quality.mean!r}">' in line(best)
+    assert f'<td data-v="{own["ia3"].quality.mean!r}">' in line("ia3")
+    assert "No mean: it has no result on mrpc" in line("ia3")
+    assert "not of one scale" not in page
+    mixed = [dataclasses.replace(t, metric="pearson") if t.task == "mrpc" else t for t in made.trials]
+    assert "not of one scale: read the tasks one by one" in report.page(dataclasses.replace(made, trials=tuple(mixed)))
+
+
+def test_it_says_what_was_pruned_refused_and_left_out_of_each_method(made: Study) -> None:
+    refused = Trial(
+        id="mrpc/prefix/refused",
+        task="mrpc",
+        method="prompts/prefix",
+        label="prefix",
+        stage="search",
+        state="failed",
+        error="no attention",
+    )
+    left = [t for t in made.trials if (t.task, t.label) != ("mrpc", "prefix")]
+    study = dataclasses.replace(made, trials=(*left, refused), missing=("ia3 has had 1 of 3 seeds",))
+    search = [t for t in left if t.stage == "search"]
+    pruned = [t for t in search if t.state == "pruned"]
+    said = markup.cut(study, ALL)
+    assert f"The pruner stopped {len(pruned)} of {len(search)} search trials." in said
+    label = pruned[0].label
+    own = [t.task for t in pruned if t.label == label]
+    tried = sum(t.label == label for t in search)
+    tasks = ", ".join(f"{task} {own.count(task)}" for task in dict.fromkeys(own))
+    assert f'<th scope="row">{label}</th><td class=text>{len(own)} of {tried}</td><td class=text>{tasks}</td>' in said
+    assert "1 method cannot act on the model of mrpc." in said
+    assert "<td class=text>no attention</td>" in said
+    assert "The budget was spent: ia3 has had 1 of 3 seeds." in said
+    assert "cannot act" not in markup.cut(study, "banking77")
 
 
 def test_what_was_not_finished_is_said(made: Study) -> None:

@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
-from attunement.compare import records
+from attunement.compare import records, trial
 from attunement.compare.engine import Engine
 from attunement.compare.fan_out import on_processes
 from attunement.compare.records import Trial
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 WORK = """
 import os, sys, yaml
@@ -25,6 +28,7 @@ def run(ground, entry, rate, seed, stage, *more):
     print(entry.label, stage, rate, seed, flush=True)
     return real(ground, entry, rate, seed, stage, *more)
 trial.run = run
+print("ready", flush=True)
 Engine(made(yaml.safe_load(open(sys.argv[1])), "study")).work()
 """
 
@@ -34,17 +38,28 @@ def figures(trials: tuple[Trial, ...]) -> list[tuple]:
     return [(one.id, one.state, one.rate, one.seed, one.quality, one.curve) for one in found]
 
 
-def test_two_commands_share_one_study(tiny: Any, tmp_path: Path) -> None:
-    study = tiny(search={"trials": 3, "spread": 2, "evaluations": 2, "low": 1e-3, "high": 1e-1, "known": False})
+def test_two_processes_share_one_study(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = {"trials": 3, "spread": 1, "evaluations": 2, "low": 1e-3, "high": 1e-1, "known": False}
+    study = tiny(search=search, seeds=1)
     file = tmp_path / "shared.yaml"
     file.write_text(yaml.safe_dump(study.plain()), encoding="utf-8")
-    arguments = [sys.executable, "-c", WORK, str(file)]
-    both = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=280)[0].splitlines() for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert all(said), "one of them did nothing"
-    ran = said[0] + said[1]
-    assert len(ran) == len(set(ran)) == 3 * 5 + 2, "a trial was run twice"
+    other = subprocess.Popen([sys.executable, "-c", WORK, str(file)], stdout=subprocess.PIPE, text=True)
+    own, real = [], trial.run
+
+    def run(ground: Any, entry: Any, rate: Any, seed: int, stage: str, *more: Any) -> Any:
+        own.append(f"{entry.label} {stage} {rate} {seed}")
+        return real(ground, entry, rate, seed, stage, *more)
+
+    monkeypatch.setattr(trial, "run", run)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "ready\n"
+    Engine(study).work()
+    others = other.communicate(timeout=280)[0].splitlines()
+    assert other.returncode == 0
+    assert own, "this process did nothing"
+    assert others, "the other process did nothing"
+    ran = own + others
+    assert len(ran) == len(set(ran)) == 3 * 4 + 1, "a trial was run twice"
     shared = records.read(study.folder).trials
     alone = study.model_copy(update={"output": str(tmp_path / "alone")})
     Engine(alone).work()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import random
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ import transformers
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from attunement import cli
 from attunement.train.recipe import Recipe
 from attunement.train.run import train
 from attunement.train.section import read
@@ -152,22 +149,3 @@ def straight(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> dict:
     values["training"] |= {"load_best_model_at_end": False}
     train(read(Recipe, values, "recipe"), Console(quiet=True))
     return values
-
-
-@pytest.fixture
-def attune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command in this process: exit code, what it printed, what it complained of."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["attune", *map(str, arguments)])
-        monkeypatch.setattr(cli, "console", Console(width=160))
-        monkeypatch.setattr(cli, "errors", Console(stderr=True, width=160))
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as left:
-            code = left.code
-        said = capsys.readouterr()
-        return int(str(code or 0)), said.out, said.err
-
-    return call

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from processes import killed
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -18,20 +15,6 @@ from attunement.train.recipe import Recipe
 from attunement.train.run import train
 from attunement.train.section import read
 from attunement.train.trainer import last_checkpoint
-
-KILLED = """
-import os, signal, sys
-from attunement import cli
-from attunement.train.trainer import Trainer
-
-def on_step_end(self, args, state, control, **kwargs):
-    if (self.trainer.phase, state.global_step) == (PHASE, STEP):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-from attunement.train import trainer
-trainer._BeforeStep.on_step_end = on_step_end
-cli.main()
-"""
 
 
 def run(values: dict, **options: bool) -> dict:
@@ -62,11 +45,7 @@ def test_a_run_killed_in_either_phase_goes_on_to_the_same_weights(recipe: dict, 
         values = recipe | {"output": str(tmp_path / f"killed-{phase}-{step}")}
         file = tmp_path / f"recipe-{phase}-{step}.yaml"
         file.write_text(yaml.safe_dump(values))
-        script = KILLED.replace("PHASE", str(phase)).replace("STEP", str(step))
-        environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-        command = [sys.executable, "-c", script, "train", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert killed(file, step, phase)
         folder = Path(values["output"])
         assert last_checkpoint(folder) == folder / found
         run(values, resume=True)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pair_of_trainers import METHODS, trained
+from processes import killed, pair
 from safetensors.torch import load_file
 from test_trainer import arguments, model, rows, values
-from test_training import KILLED_AT_STEP_25, Attune, final, python, run, same, written
+from test_training import Attune, final, run, same, written
 
 import attunement as at
 from attunement.train.trainer import last_checkpoint
@@ -34,8 +34,7 @@ def test_a_run_killed_while_ranks_change_goes_on_to_the_same_weights(
     straight, folder = tmp_path / "straight", tmp_path / "run"
     run(recipe | {"output": str(straight)})
     file = written(recipe | {"output": str(folder)}, tmp_path)
-    killed = python("-c", KILLED_AT_STEP_25, "train", file)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert killed(file, 25)
     assert last_checkpoint(folder) == folder / "checkpoint-20"
     before = ranks(final(folder / "checkpoint-20"))
     code, _, errors = attune("train", file, "--resume")
@@ -114,9 +113,7 @@ def test_a_plain_trainer_begins_a_schedule_too(tmp_path: Path) -> None:
 
 def test_two_processes_choose_alike(tmp_path: Path) -> None:
     """Under plain DDP, with parameters that a step leaves out; and what one process gives with the whole batch."""
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = python(*launch, Path(__file__).with_name("pair_of_trainers.py"), tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert pair(Path(__file__).with_name("pair_of_trainers.py"), tmp_path) == [0, 0]
     for name, method in METHODS.items():
         one, other = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in (0, 1))
         assert one.keys() == other.keys()

@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from processes import killed, pair
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -152,27 +153,11 @@ def test_image_classification(recipe: dict, tmp_path: Path) -> None:
     assert answers[0]["label"] == "red"
 
 
-KILLED_AT_STEP_25 = """
-import os, signal, sys
-from attunement import cli
-from attunement.method import _registry
-from attunement.train.progress import Bar
-
-def on_step_end(self, args, state, control, **kwargs):
-    if state.global_step == 25:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Bar.on_step_end = on_step_end
-cli.main()
-"""
-
-
 def test_a_killed_run_goes_on_to_the_same_weights(attune: Attune, straight: dict, tmp_path: Path) -> None:
     """Killed in its second epoch: dropout, the order of rows and the schedule all go on as they were."""
     folder = tmp_path / "run"
     file = written(straight | {"output": str(folder)}, tmp_path)
-    killed = python("-c", KILLED_AT_STEP_25, "train", file)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert killed(file, 25)
     assert last_checkpoint(folder) == folder / "checkpoint-20"
     assert not (folder / "adapter").exists()
 
@@ -307,11 +292,9 @@ def test_two_processes_that_shard_the_model_train_one_adapter(
     for prefix, settings in (("ACCELERATE", sharding), ("FSDP", plugin)):
         for key, value in settings.items():
             monkeypatch.setenv(f"{prefix}_{key}", value)
-    script = str(Path(__file__).with_name("sharding_on_cpu.py"))
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, "train", file)
+    script = Path(__file__).with_name("sharding_on_cpu.py")
     for resume in ((), ("--resume",)):
-        done = python(*launch, *resume)
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert pair(script, "train", file, *resume) == [0, 0]
         two = final(values["output"])
         assert two.keys() == one.keys()
         for name in one:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shlex
@@ -21,6 +22,7 @@ from attunement.errors import AttunementError, nearest
 if TYPE_CHECKING:
     from attunement.compare.engine import Tally
     from attunement.compare.study import Study
+    from attunement.compare.together import Team
 
 
 def compare(
@@ -52,23 +54,39 @@ def compare(
     from attunement import cli
     from attunement.compare.study import seconds
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise AttunementError("compare: every trial runs in one process; start it without a launcher, with --workers")
-    places = ("local", "ray")
-    if on not in places:
-        raise AttunementError(f"--on must be one of {', '.join(places)}, got {on!r}{nearest(on, places)}")
-    study = _study(file, model, data, test, task, methods, name, demo, out)
-    changed = {"budget": budget or study.budget, "storage": storage or study.storage}
-    changed |= {"output": str(out)} if out is not None else {}
-    seconds(changed["budget"])
-    study = study.model_copy(update=changed)
-    if report:
-        from attunement.compare.engine import publish
+    with contextlib.ExitStack() as launch:
+        team, size = None, int(os.environ.get("WORLD_SIZE", "1"))
+        if size > 1:
+            from attunement.compare.together import Team
 
-        publish(study.folder)
-    else:
-        run(cli.console, study, on, workers)
-    cli.console.print(Text.assemble("The page: ", (str(study.folder / "report.html"), "bold")), soft_wrap=True)
+            if on == "ray" or workers is not None:
+                if os.environ.get("RANK", "0") != "0":
+                    raise typer.Exit(2)
+                raise AttunementError(
+                    f"{'--on ray' if on == 'ray' else '--workers'}: the {size} processes of this launch train every trial "
+                    "together; start without a launcher to spread the trials"
+                )
+            team = Team()
+            if team.rank:
+                team.follow()
+                return
+            launch.enter_context(team)
+        places = ("local", "ray")
+        if on not in places:
+            raise AttunementError(f"--on must be one of {', '.join(places)}, got {on!r}{nearest(on, places)}")
+        study = _study(file, model, data, test, task, methods, name, demo, out)
+        changed: dict[str, Any] = {"budget": budget or study.budget, "storage": storage or study.storage}
+        changed |= {"output": str(out)} if out is not None else {}
+        changed |= {} if team is None else {"processes": study.processes or team.size}
+        seconds(changed["budget"])
+        study = study.model_copy(update=changed)
+        if report:
+            from attunement.compare.engine import publish
+
+            publish(study.folder)
+        else:
+            run(cli.console, study, on, workers, team)
+        cli.console.print(Text.assemble("The page: ", (str(study.folder / "report.html"), "bold")), soft_wrap=True)
 
 
 def _study(
@@ -104,33 +122,41 @@ def _study(
     return made(values, "compare")
 
 
-def run(console: Console, study: Study, on: str, workers: int | None) -> Tally:
+def run(console: Console, study: Study, on: str, workers: int | None, team: Team | None = None) -> Tally:
     """The whole study with a display; Ctrl-C keeps what is done and says how to go on."""
     from attunement.compare import fan_out
     from attunement.compare.engine import Engine
     from attunement.train.words import command, near
 
     display = Display(console, workers or 1)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {sent: signal.signal(sent, display.stop) for sent in (signal.SIGINT, signal.SIGTERM)}
     try:
         if on == "ray":
             tally = fan_out.on_ray(study, workers, display)
         elif workers is not None and workers > 1:
             tally = fan_out.on_processes(study, workers, display)
         else:
-            engine = Engine(study, display)
+            engine = Engine(study, display, team=team)
+            if team is not None:
+                team.begin(study)
             if engine.base.told:
                 console.print(engine.base.told, soft_wrap=True)
             tally = engine.work()
     except KeyboardInterrupt:
+        if team is not None:
+            before = dict.fromkeys(before, signal.SIG_IGN)  # the launcher sends another one while this is written
+        for sent, handler in before.items():
+            signal.signal(sent, handler)
         display.close()
-        again = f"{command()} {shlex.join(sys.argv[1:])}"
+        launcher = f"accelerate launch --num_processes {study.processes} -m attunement"
+        again = f"{command() if team is None else launcher} {shlex.join(sys.argv[1:])}"
         kept = f"\nStopped; {display.done} finished trials are kept in {near(study.folder)}. Go on with: "
         console.print(Text.assemble(kept, (again, "bold")), soft_wrap=True)
         raise typer.Exit(130) from None
     finally:
         display.close()
-        signal.signal(signal.SIGTERM, before)
+        for sent, handler in before.items():
+            signal.signal(sent, handler)
     for said in tally.missing:
         console.print(Text(f"Not run: {said}", style="yellow"), soft_wrap=True)
     if tally.busy:
@@ -147,26 +173,33 @@ class Display:
     """Trials done, the best so far and the time left; a line for every trial where there is no terminal."""
 
     def __init__(self, console: Console, workers: int = 1):
-        self.console, self.workers, self.done = console, workers, 0
-        self.began, self.first = time.monotonic(), -1
+        self.console, self.workers, self.done, self.stopped = console, workers, 0, False
+        self.began, self.first, self.trained = time.monotonic(), -1, 0
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
         self.bar = Progress(*columns, TextColumn("[dim]{task.fields[detail]}"), console=console)
         self.task = self.bar.add_task("trials", total=None, detail="")
         if console.is_terminal:
             self.bar.start()
 
+    def stop(self, *_: Any) -> None:
+        """Ctrl-C; one that falls into a finalizer, where Python drops what is raised, comes at the next look."""
+        self.stopped = True
+        raise KeyboardInterrupt
+
     def __call__(self, tally: Tally) -> None:
         if self.first < 0:
-            self.first = tally.done
+            self.first, self.trained = tally.done, tally.done - tally.still
         best = ", ".join(f"best {quality:.3f} {label}" for quality, label in tally.best.values())
         detail = "  ".join(part for part in (tally.now, best, self._left(tally)) if part)
         self.bar.update(self.task, completed=tally.done, total=tally.total or None, detail=detail)
         if not self.console.is_terminal and tally.done > max(self.done, self.first):
             self.console.print(f"{tally.done}/{tally.total}  {detail}", highlight=False, soft_wrap=True)
         self.done = tally.done
+        if self.stopped:
+            raise KeyboardInterrupt
 
     def _left(self, tally: Tally) -> str:
-        done = tally.done - self.first
+        done = tally.done - tally.still - self.trained  # zero-shot takes no time, so it says nothing of the rest
         if done < 2:
             return ""
         left = (time.monotonic() - self.began) / done * (tally.total - tally.done)

@@ -32,6 +32,8 @@ from attunement.train.words import near
 BEAT, GRACE = 15.0, 120.0
 FREE = ("budget", "storage")
 """Settings in which a study may differ from what it began with."""
+DEFAULTS = {"processes": 1}
+"""What a setting is that is not written."""
 
 
 class Database:
@@ -250,7 +252,7 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
     Methods may be added, not taken away.
     """
-    a, b = _flat(before), _flat(now)
+    a, b = DEFAULTS | _flat(before), DEFAULTS | _flat(now)
     said = []
     for key in dict.fromkeys([*a, *b]):
         if key.partition(".")[0] in FREE or a.get(key) == b.get(key):

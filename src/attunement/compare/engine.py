@@ -8,13 +8,14 @@ processes found it.
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.trial import TrialState
@@ -25,6 +26,9 @@ from attunement.compare.records import Trial
 from attunement.compare.study import ZERO, Study, entries, seconds
 from attunement.compare.trial import Ground, Outcome
 from attunement.errors import AttunementError
+
+if TYPE_CHECKING:
+    from attunement.compare.together import Team
 
 POLL = 1.0
 
@@ -43,7 +47,8 @@ class Tally:
     """How far a study is, for whoever watches.
 
     Attributes:
-        total: trials of the whole study; done: finished; best: quality and label of the best final or else search trial.
+        total: trials of the whole study; done: finished, `still` of them without training; best: quality and label of the
+            best final or else search trial.
         busy: seconds that this process spent in attaching, training and evaluating; `measuring` what methods cost;
             `whole` altogether.
         missing: what the budget left out, a sentence each.
@@ -51,6 +56,7 @@ class Tally:
 
     total: int = 0
     done: int = 0
+    still: int = 0
     now: str = ""
     best: dict[str, tuple[float, str]] = field(default_factory=dict)
     busy: float = 0.0
@@ -69,11 +75,21 @@ class Tally:
 class Engine:
     """A process that works on a study.
 
+    Args:
+        team: the processes that train each trial together, where there are several; this is the first of them.
+
     Raises `AttunementError` where the study began with other settings or its database cannot be used.
     """
 
-    def __init__(self, study: Study, watch: Callable[[Tally], None] = lambda _: None, writes: bool = True):
-        self.study, self.watch, self.writes = study, watch, writes
+    def __init__(
+        self,
+        study: Study,
+        watch: Callable[[Tally], None] = lambda _: None,
+        writes: bool = True,
+        team: Team | None = None,
+    ):
+        together(study, 1 if team is None else team.size)
+        self.study, self.watch, self.writes, self.team = study, watch, writes, team
         self.began = time.perf_counter()
         self.base = Database(study)
         self.entries = entries(study)
@@ -162,6 +178,7 @@ class Engine:
 
     def work(self) -> Tally:
         """Run what is open until nothing is left or the budget is spent."""
+        self.tally.missing = self.missing()  # without a budget it is about to be run
         self.refresh(every=True)
         while True:
             job = self.next()
@@ -179,17 +196,17 @@ class Engine:
             if self.prepared(job.line):
                 self.run(job)
             self.refresh(job.line)
-        self.refresh(every=True)
-        self.tally.missing = self.missing()
-        self.finish()
+        self.end()
         return self.tally
 
     def ground(self, task: str) -> Ground:
         """The model and rows of a task, loaded when they are first asked for; those of another task are let go."""
         if task not in self.grounds:
+            gc.unfreeze()
             self.grounds.clear()
             start = time.perf_counter()
             self.grounds[task] = Ground(task, self.study.tasks[task], self.study.search, self.study.folder)
+            settled()
             self.tally.loading += time.perf_counter() - start
         return self.grounds[task]
 
@@ -209,6 +226,7 @@ class Engine:
                 line.state("refused", text)
             else:  # the trials will say whether it can be trained at all
                 line.state("costs", {})
+        settled()
         self.tally.measuring += time.perf_counter() - start
         return line.fact("refused") is None
 
@@ -240,7 +258,8 @@ class Engine:
                         claimed.report(quality, number)
                         return stops is not None and stops.prune(line.search, _frozen(line, claimed))
 
-                outcome = trial.run(ground, line.entry, rate, seed, job.stage, report)
+                work = trial.run if self.team is None else self.team.run
+                outcome = work(ground, line.entry, rate, seed, job.stage, report)
             except BaseException:
                 line.drop(job.stage, claimed)
                 raise
@@ -268,13 +287,15 @@ class Engine:
         if due:
             self.looked, self.looking = time.monotonic(), time.monotonic() - start
         found = [made for one in self.lines for made in self.found[id(one)]]
-        trials = {"search": self.cap(), "final": self.study.seeds}
         self.tally.total = sum(
-            trials["final"] + (0 if one.entry.method == ZERO else trials["search"])
+            sum(not made.id.endswith("/refused") for made in self.found[id(one)])
+            if one.complete
+            else self.study.seeds + (0 if one.entry.method == ZERO else self.cap())
             for one in self.lines
             if one.fact("refused", asks=due) is None
         )
         self.tally.done = sum(not made.id.endswith("/refused") for made in found)
+        self.tally.still = sum(made.method == ZERO for made in found)
         self.tally.best = {}
         for made in found:
             before = self.tally.best.get(made.task)
@@ -283,7 +304,7 @@ class Engine:
         self.tally.whole = time.perf_counter() - self.began
         if self.writes and (every or len(found) != self.written):
             with saying(self.study):
-                records.write(self.study.folder, self.study.settings(), found)
+                records.write(self.study.folder, self.study.settings(), found, self.tally.missing)
             self.base.keep()
             self.written = len(found)
         self.watch(self.tally)
@@ -307,11 +328,33 @@ class Engine:
                 said.append(f"{line.task}: {line.entry.label} has had {ran} of {self.study.seeds} seeds")
         return said
 
-    def finish(self) -> None:
-        """The report, where there is something to report."""
-        self.tally.whole = time.perf_counter() - self.began
+    def end(self) -> None:
+        """The files as they stay, and the report, where there is something to report."""
+        self.next()  # it sees which methods are complete, for whom others have worked too
+        self.tally.missing = self.missing()
+        self.refresh(every=True)
         if self.writes and self.tally.done:
             publish(self.study.folder)
+
+
+def settled() -> None:
+    """What stands now is not walked through again by the collection of garbage with which every trainer begins."""
+    gc.collect()
+    gc.freeze()
+
+
+def together(study: Study, size: int) -> None:
+    """Refuse a study whose trials are trained by another number of processes than there are.
+
+    Raises `AttunementError`.
+    """
+    wanted = study.processes or 1
+    if wanted != size:
+        how = f"accelerate launch --num_processes {wanted} -m attunement compare" if wanted > 1 else "no launcher"
+        raise AttunementError(
+            f"study {study.name!r}: processes is {wanted}, and {size} of them {'was' if size == 1 else 'were'} started; "
+            f"use {how}"
+        )
 
 
 def publish(folder: Path) -> None:

@@ -113,12 +113,10 @@ def on_ray(study: Study, count: int | None, watch: Callable[[Tally], None]) -> T
 
 
 def _ended(engine: Engine, results: list[dict[str, float]], errors: list[str]) -> Tally:
-    engine.refresh(every=True)
     tally = engine.tally
     for kind in ("busy", "measuring", "loading"):
         setattr(tally, kind, sum(one.get(kind, 0.0) for one in results))
-    tally.missing = engine.missing()
-    engine.finish()
+    engine.end()
     tally.whole = sum(one.get("whole", 0.0) for one in results)
     if errors and tally.done < tally.total:
         raise AttunementError(f"a worker stopped: {errors[0]}")

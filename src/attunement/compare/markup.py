@@ -42,6 +42,10 @@ SHAPES = (  # of the families in their order, about the origin, 11 units wide
 )
 
 
+FEW = 20
+"""Rows that are shown without being asked for."""
+
+
 def each(found: Mapping[str, list[Row]], made: Any, tag: str = "div") -> str:
     """A piece for each task: the page shows that of the chosen one, all of them without a script."""
     several = len(found) > 1
@@ -108,6 +112,43 @@ def findings(study: Study, one: Sequence[Row]) -> str:
     return f'<dl class="findings">{"".join(made)}</dl>'
 
 
+def by_task(study: Study, found: Mapping[str, list[Row]]) -> str:
+    """What each task is and what was found on it, a line each."""
+    given = study.settings.get("tasks")
+    body = []
+    for task, rows in found.items():
+        ranked = [row for row in rows if row.quality]
+        if task == ALL or not ranked:
+            continue
+        best, full = ranked[0], next((row for row in ranked if row.method == "baseline/full"), None)
+        level = sum(row.among_best for row in ranked) - 1
+        own = given.get(task, {}) if isinstance(given, Mapping) else {}
+        body.append(
+            (
+                task,
+                _metric(best.metric),
+                _trained_on(own),
+                best.label,
+                found_out.with_interval(best, "quality"),
+                f"{level} of {len(ranked) - 1}",
+                found_out.with_interval(full, "quality") if full else "–",
+            )
+        )
+    heads = ("Task", "Metric", "Training rows", "Best", "Its mean", "Cannot be told from it", "Full fine-tuning")
+    left = [row.label for row in found.get(ALL, []) if not row.quality and row.states]
+    said = (
+        f'<p class="note">Not in what is said of all tasks, for want of a result on one: {escape(", ".join(left))}.</p>'
+    )
+    return f"{said if left else ''}<h3>Task by task</h3>{_grid('Task by task', heads, body, 4)}" if body else ""
+
+
+def _trained_on(task: Any) -> str:
+    rows, each_class = (task.get("rows"), task.get("per_class")) if isinstance(task, Mapping) else (None, None)
+    if each_class is not None:
+        return f"{each_class:,} of each class" + (f", at most {rows:,}" if rows is not None else "")
+    return "all" if rows is None else f"{rows:,}"
+
+
 def _kept(sentence: str) -> str:
     """The sentence with its numbers and their units never on two lines."""
     return re.sub(r"(\d) (%|[kMGT]?B\b|bytes|[kMGT]\b)", "\\1\u00a0\\2", sentence)
@@ -122,6 +163,7 @@ def table(task: str, one: Sequence[Row], found: Mapping[str, list[Row]]) -> str:
     heads = [("Method", "label", "ascending"), ("Family", "family", "ascending")]
     heads += [(_title(columns[0], one), "quality", _first(columns[0], one))] if columns else []
     head = "".join(_head(*words) for words in heads)
+    parts = {name: {row.label: row for row in own} for name, own in found.items() if task == ALL and name != ALL}
     if columns:
         unit = unit_of(columns[0], one[0].metric)
         ends = " to ".join(shown(end, unit).removesuffix(" %") for end in (low, high))
@@ -129,14 +171,25 @@ def table(task: str, one: Sequence[Row], found: Mapping[str, list[Row]]) -> str:
             "Behind best", "behind", "ascending"
         )
         head += _head("Over full", "over", "descending")
+        for place, (name, own) in enumerate(parts.items()):
+            metric = next(iter(own.values())).metric
+            said = f"{_metric(metric)[0].upper()}{_metric(metric)[1:]} on {name}."
+            head += _head(name, f"task-{place}", "descending" if higher(metric) else "ascending", said)
         head += "".join(_head(m.title, m.key, _first(m, one), m.said) for m in columns[1:])
     head += _head("Runs", "runs", "descending") + '<th scope="col">Recipe</th>'
-    body = "".join(_row(i, row, columns, numbers, (low, high), band) for i, row in enumerate(one))
+    body = "".join(_row(i, row, columns, numbers, (low, high), band, parts) for i, row in enumerate(one))
     name = "" if len(found) == 1 else f" on {task}"
     caption = (
         f"Means over final runs{escape(name)}, ± half of the 95 % interval. “≈” where the corrected interval of the paired "
         "difference holds zero; behind the best and over full fine-tuning, in points of quality."
     )
+    if parts:
+        caption += (
+            f" Each value is the mean over the tasks’ means, of {_metric(one[0].metric)} and of costs; a method that lacks "
+            "a task has none. The columns with the names of tasks are the means there."
+        )
+        if len({unit_of(MEASURES[0], metric) for metric in one[0].metric.split(" and ")}) > 1:
+            caption += " These metrics are not of one scale: read the tasks one by one."
     index = list(found).index(task)
     return (
         f'<div class="wide" role="region" aria-labelledby="caption-{index}" tabindex="0"><table>'
@@ -146,7 +199,15 @@ def table(task: str, one: Sequence[Row], found: Mapping[str, list[Row]]) -> str:
 
 
 def _title(measure: Measure, one: Sequence[Row]) -> str:
-    return one[0].metric.replace("_", " ").capitalize() if measure.key == "quality" and one else measure.title
+    if measure.key != "quality" or not one:
+        return measure.title
+    if one[0].task == ALL:
+        return "Mean quality" if " and " in one[0].metric else f"Mean {_metric(one[0].metric)}"
+    return _metric(one[0].metric).capitalize()
+
+
+def _metric(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _first(measure: Measure, one: Sequence[Row]) -> str:
@@ -169,6 +230,7 @@ def _row(
     numbers: Mapping[str, int],
     span: tuple[float, float],
     band: tuple[float | None, float | None],
+    parts: Mapping[str, Mapping[str, Row]],
 ) -> str:
     mark = numbers[row.family]
     shape = f'<path class="shape" d="{SHAPES[mark]}"/>'
@@ -178,16 +240,22 @@ def _row(
         f'<span class="who">{dot}<span class="label">{escape(row.label)}</span></span></th>',
         f'<td class="text" data-v="{escape(row.family)}">{escape(row.family.replace("_", " "))}</td>',
     ]
+    single = [_single(own.get(row.label)) for own in parts.values()]
     if not row.quality:
-        said = _why(row)
-        cells.append(f'<td class="error" colspan="{len(columns) + 3 if columns else 1}">{escape(said)}</td>')
+        said = _why(row, [name for name, own in parts.items() if row.label not in own or not own[row.label].quality])
+        if columns and len(parts) > 1 and row.states:
+            cells.append(f'<td class="error" colspan="4">{escape(said)}</td>{"<td hidden></td>" * 3}')
+            cells += [*single, *(_value(row, measure, measure.unit) for measure in columns[1:])]
+        else:
+            wide = len(columns) + 3 + len(single) if columns else 1
+            cells.append(f'<td class="error" colspan="{wide}">{escape(said)}</td>')
     else:
         unit = unit_of(MEASURES[0], row.metric)
         cells.append(_value(row, columns[0], unit))
         cells.append(f"<td class=text>{_forest(row, span, band)}</td>")
         cells.append(_difference(row.to_best, unit, "behind", row.first))
         cells.append(_difference(row.to_full, unit, "over", row.method == "baseline/full", higher(row.metric)))
-        cells += [_value(row, measure, measure.unit) for measure in columns[1:]]
+        cells += [*single, *(_value(row, measure, measure.unit) for measure in columns[1:])]
     runs = (
         ", ".join(f"{count} {state}" if state != "done" else str(count) for state, count in row.states.items()) or "0"
     )
@@ -197,10 +265,19 @@ def _row(
     return f'<tr data-row="{place}" class="{classes}">{"".join(cells)}</tr>'
 
 
-def _why(row: Row) -> str:
+def _single(row: Row | None) -> str:
+    """The mean on one task, in the table of all of them."""
+    if row is None or not row.quality:
+        reason = "" if row is None else f' title="{escape(_why(row, []))}"'
+        return f'<td class="none" data-v=""{reason}>–</td>'
+    bold = ' class="best"' if row.first else ""
+    return f'<td{bold} data-v="{row.quality.mean!r}">{escape(shown(row.quality.mean, unit_of(MEASURES[0], row.metric)))}</td>'
+
+
+def _why(row: Row, lacking: Sequence[str]) -> str:
     ended = {state: count for state, count in row.states.items() if state != "done"}
-    if row.states and not ended:
-        return "No mean: it has no run on some of the tasks"
+    if row.states and lacking:
+        return f"No mean: it has no result on {found_out.listed(lacking)}"
     if not row.lost:
         return "No final run yet"
     said = ", ".join(f"{_count(n, 'final run')} {state}" for state, n in ended.items()) or "no final run"
@@ -289,9 +366,10 @@ def rates(one: Sequence[Row]) -> str:
 def cut(study: Study, task: str) -> str:
     """What the pruner stopped, and what failed with which error."""
     trials = [t for t in study.trials if task in (ALL, t.task)]
-    search = [t for t in trials if t.stage == "search"]
+    refused = [t for t in trials if _refused(t)]
+    search = [t for t in trials if t.stage == "search" and not _refused(t)]
     pruned = [t for t in search if t.state == "pruned"]
-    lost = [t for t in trials if t.state in ("failed", "diverged")]
+    lost = [t for t in trials if t.state in ("failed", "diverged") and not _refused(t)]
     made = []
     if not search:
         made.append("<p>There was no search.</p>")
@@ -305,17 +383,33 @@ def cut(study: Study, task: str) -> str:
             share = 1 - sum(own for own, _ in spent) / sum(full for _, full in spent)
             saved = f" On average it did so after {100 * (1 - share):.0f} % of the steps."
         made.append(f"<p>The pruner stopped {len(pruned):,} of {_count(len(search), 'search trial')}.{saved}</p>")
-        made.append(
-            _details(f"Pruned trials of {_count(len({t.label for t in pruned}), 'method')}", _pruned(pruned, search))
-        )
+        count = len({t.label for t in pruned})
+        made.append(_details(f"Pruned trials of {_count(count, 'method')}", _pruned(pruned, search), count <= FEW))
+    if refused:
+        count = len({t.label for t in refused})
+        where = "" if task != ALL else " of " + found_out.listed(list(dict.fromkeys(t.task for t in refused)))
+        made.append(f"<p>{_count(count, 'method')} cannot act on the model{escape(where)}.</p>")
+        made.append(_details("Refusals and their reasons", _refusals(refused), count <= FEW))
     if lost:
         made.append(f"<p>{_count(len(lost), 'trial')} failed or diverged; the study went on without them.</p>")
         made.append(_details("Failures and their errors", _lost(lost), True))
     else:
         made.append("<p>No trial failed.</p>")
+    if study.missing:
+        made.append(f"<p>The budget was spent: {escape('; '.join(study.missing))}.</p>")
     if open_ := _unfinished(trials):
         made.append(f"<p>Not finished: {escape(', '.join(open_))}.</p>")
     return "".join(made)
+
+
+def _refused(trial: Trial) -> bool:
+    """Whether it stands for a method that could not even be attached."""
+    return trial.id.endswith("/refused")
+
+
+def _refusals(refused: Sequence[Trial]) -> str:
+    body = [(t.label, t.task, t.error or "no message") for t in sorted(refused, key=lambda t: (t.label, t.task))]
+    return _grid("Methods that cannot act on the model", ("Method", "Task", "Reason"), body, 3)
 
 
 def _unfinished(trials: Sequence[Trial]) -> list[str]:
@@ -360,14 +454,17 @@ def _grid(title: str, heads: Sequence[str], body: Iterable[Sequence[str]], left:
 
 
 def _pruned(pruned: Sequence[Trial], search: Sequence[Trial]) -> str:
-    body = []
+    body, several = [], len({t.task for t in search}) > 1
     for label in sorted({t.label for t in pruned}, key=str.lower):
         own = [t for t in pruned if t.label == label]
         rates = sorted(t.rate for t in own if t.rate)
         steps = sorted(t.steps for t in own if t.steps is not None)
         tried = sum(t.label == label for t in search)
-        body.append((label, f"{len(own)} of {tried}", ", ".join(shown(r, "rate") for r in rates), _span(steps)))
-    return _grid("Pruned trials by method", ("Method", "Pruned", "At rates", "After steps"), body, 3)
+        counts = {task: sum(t.task == task for t in own) for task in dict.fromkeys(t.task for t in own)}
+        on = [", ".join(f"{task} {n}" for task, n in counts.items())] if several else []
+        body.append((label, f"{len(own)} of {tried}", *on, ", ".join(shown(r, "rate") for r in rates), _span(steps)))
+    heads = ("Method", "Pruned", *(["On tasks"] if several else []), "At rates", "After steps")
+    return _grid("Pruned trials by method", heads, body, len(heads) - 1)
 
 
 def _span(values: Sequence[int]) -> str:

@@ -159,6 +159,13 @@ def _ranked(study: Study, fitting: Sequence[Row], limits: Mapping[str, float], c
     return [_choice(study, row, text) for row, text in made[:count]]
 
 
+def _left_out(study: Study, task: str) -> list[str]:
+    """The methods that have results on some of the tasks, and so no mean over them."""
+    from attunement.compare.table import rows
+
+    return [row.label for row in rows(study)[task] if not row.quality and row.states.get("done")]
+
+
 def _choice(study: Study, row: Row, reason: str) -> Choice:
     from attunement.compare.table import recipe
 
@@ -237,7 +244,8 @@ def recommend(
         records = [
             {"label": c.label, "method": c.method, "reason": c.reason, "recipe": c.recipe, **c.values} for c in found
         ]
-        sys.stdout.write(json.dumps({"study": asked.name, "task": task, "choices": records}, indent=2) + "\n")
+        left = {"missing": list(asked.missing)} if asked.missing else {}
+        sys.stdout.write(json.dumps({"study": asked.name, "task": task, "choices": records} | left, indent=2) + "\n")
     else:
         _show(asked, called, task, limits, found)
 
@@ -258,5 +266,11 @@ def _show(study: Study, called: str, task: str, limits: Mapping[str, float], fou
         )
         console.print(Padding(Text(one.reason), (0, 0, 0, 3)))
         console.print(Padding(Text(one.recipe.rstrip() or "no recipe", style="green"), (1, 0, 0, 3)), soft_wrap=True)
+    if left := _left_out(study, task):
+        said = f"\nWithout a result on every task, and so not compared here: {', '.join(left)}; --task asks about one."
+        console.print(Text(said, style="dim"), soft_wrap=True)
+    if study.missing:
+        said = f"\nThe budget of the study was spent: {'; '.join(study.missing)}."
+        console.print(Text(said, style="yellow"), soft_wrap=True)
     if called == "the committed results":
         console.print(Text("\nMeasured on other data than yours: attune compare measures on your own.", style="dim"))

@@ -1,7 +1,8 @@
-"""What a study leaves behind: one record a trial, and the three files that hold them.
+"""What a study leaves behind: one record a trial, and the files that hold them.
 
 `study.yaml` has the settings, `trials.csv` one row a trial (readable by any program), `curves.json` the learning
-curves by trial. Each is written beside itself and then renamed, so that a full disk or a kill leaves the last good one.
+curves by trial; where a budget was spent, `missing.json` says what it left out. Each is written beside itself and then
+renamed, so that a full disk or a kill leaves the last good one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import yaml
 
 from attunement.errors import AttunementError, nearest
 
-SETTINGS, TRIALS, CURVES = "study.yaml", "trials.csv", "curves.json"
+SETTINGS, TRIALS, CURVES, MISSING = "study.yaml", "trials.csv", "curves.json", "missing.json"
 STAGES = ("search", "final")
 STATES = ("done", "pruned", "failed", "diverged")
 BASELINES = ("baseline/full", "baseline/probe", "baseline/zero-shot")
@@ -91,11 +92,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Study:
-    """The settings and the trials of a study."""
+    """The settings and the trials of a study, and what a spent budget left out, a sentence each."""
 
     name: str
     settings: Mapping[str, Any]
     trials: tuple[Trial, ...]
+    missing: tuple[str, ...] = ()
 
 
 def columns() -> list[str]:
@@ -110,17 +112,20 @@ def read(folder: str | Path) -> Study:
     if not table.is_file():
         raise AttunementError(f"{folder} holds no study: {TRIALS} is not there{nearest(folder.name, _beside(folder))}")
     settings = _settings(folder / SETTINGS)
-    curves = _curves(folder / CURVES)
+    curves = _json(folder / CURVES, {})
     with table.open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file)
-        if missing := [name for name in columns() if name not in (rows.fieldnames or [])]:
-            raise AttunementError(f"{table}: expected the columns of a study, {', '.join(missing)} missing")
+        if lacking := [name for name in columns() if name not in (rows.fieldnames or [])]:
+            raise AttunementError(f"{table}: expected the columns of a study, {', '.join(lacking)} missing")
         trials = tuple(_trial(row, curves, f"{table}, line {line}") for line, row in enumerate(rows, start=2))
-    return Study(str(settings.get("name") or folder.resolve().name), settings, trials)
+    missing = tuple(_json(folder / MISSING, []))
+    return Study(str(settings.get("name") or folder.resolve().name), settings, trials, missing)
 
 
-def write(folder: str | Path, settings: Mapping[str, Any], trials: Iterable[Trial]) -> None:
-    """Write the three files of a study, each whole or not at all."""
+def write(
+    folder: str | Path, settings: Mapping[str, Any], trials: Iterable[Trial], missing: Sequence[str] = ()
+) -> None:
+    """Write the files of a study, each whole or not at all."""
     folder, trials = Path(folder), tuple(trials)
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
@@ -129,6 +134,10 @@ def write(folder: str | Path, settings: Mapping[str, Any], trials: Iterable[Tria
     replace(folder / SETTINGS, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
     replace(folder / CURVES, json.dumps({trial.id: trial.curve for trial in trials if trial.curve}) + "\n")
     replace(folder / TRIALS, table.getvalue())
+    if missing:
+        replace(folder / MISSING, json.dumps(list(missing), indent=1, ensure_ascii=False) + "\n")
+    else:
+        (folder / MISSING).unlink(missing_ok=True)
 
 
 def replace(path: Path, text: str | bytes) -> None:
@@ -183,9 +192,9 @@ def _settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _curves(path: Path) -> dict[str, Any]:
+def _json(path: Path, default: Any) -> Any:
     if not path.is_file():
-        return {}
+        return default
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -73,7 +73,9 @@ def page(study: Study, found: Mapping[str, list[Row]] | None = None) -> str:
         "name": escape(study.name),
         "lead": markup.lead(study, found),
         "chooser": markup.chooser(found),
-        "findings": markup.each(found, lambda task, one: markup.findings(study, one)),
+        "findings": markup.each(
+            found, lambda task, one: markup.findings(study, one) + (markup.by_task(study, found) if task == ALL else "")
+        ),
         "tables": markup.each(found, lambda task, one: markup.table(task, one, found)),
         "rates": markup.each(found, lambda task, one: escape(markup.rates(one)), "span"),
         "cut": markup.each(found, lambda task, one: markup.cut(study, task)),

@@ -22,13 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 import attunement as at
 from attunement.errors import AttunementError, nearest
 from attunement.train.data import Data
-from attunement.train.recipe import Recipe, Training, import_all, methods_of, named_recipes, parse, placed
+from attunement.train.recipe import Recipe, Training, import_all, mapping, methods_of, named_recipes, placed
 from attunement.train.section import Section, read
 from attunement.train.tasks import AnyTask, Base, CausalLM, Regression
 from attunement.train.words import near, short
@@ -147,6 +146,8 @@ class Study(Section):
     """The first seed: of the search and of the first final run."""
     budget: str | float | None = None
     """Seconds, or `90s`, `30m`, `2h`: when it is spent no further trial is started."""
+    processes: PositiveInt | None = None
+    """How many processes of `accelerate launch` train each trial together; by default as many as were started."""
     storage: str | None = None
     """The address of the database, as SQLAlchemy writes it (`postgresql://...`); SQLite in the folder by default."""
     output: str | None = None
@@ -364,14 +365,6 @@ def load(path: str | Path) -> Study:
     Raises `AttunementError` for a file that is not there or is not YAML, for an unknown key and for a wrong value.
     """
     path = Path(path)
-    if not path.is_file():
-        beside = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise AttunementError(f"there is no study file {str(path)!r}{nearest(str(path), beside)}")
-    try:
-        values = parse(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise AttunementError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise AttunementError(f"{path}: expected keys such as name, tasks, methods; got {short(values)}")
+    values = mapping(path, "study", "name, tasks, methods")
     stem = path.parent.resolve().name if path.stem == "study" else path.stem
     return made({"name": stem} | values, str(path), path.parent)

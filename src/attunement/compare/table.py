@@ -309,8 +309,10 @@ def task_settings(study: Study, task: str) -> dict[str, Any]:
     """The part of a study's settings that is about one task: model, data, task and training, where they are given."""
     several = study.settings.get("tasks")
     own = several.get(task, {}) if isinstance(several, Mapping) else study.settings
-    words = ("model", "data", "task", "training", "imports")
-    return {word: own[word] for word in words if isinstance(own, Mapping) and own.get(word)}
+    words = ("model", "data", "task", "training")
+    found = {word: own[word] for word in words if isinstance(own, Mapping) and own.get(word)}
+    imports = study.settings.get("imports")  # of the study as a whole
+    return found | ({"imports": imports} if found and imports else {})
 
 
 def recipe(study: Study, row: Row) -> str:

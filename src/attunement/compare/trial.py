@@ -258,6 +258,8 @@ def _run(
     made = ground.run(entry, rate, seed, stage)
     watch = _Watch(ground.task, report, outcome)
     options: dict[str, Any] = {"logging_nan_inf_filter": False}
+    if not ground.task.training.model_dump().get("gradient_checkpointing"):
+        options["ddp_find_unused_parameters"] = True  # full fine-tuning trains poolers that the task does not read
     if stage == "search":
         options |= {"eval_strategy": "steps", "eval_steps": 1 / ground.search.evaluations}
     trainer = trainer_of(made, entry, [watch], **options)

@@ -178,18 +178,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises `AttunementError` for a file that is not there or is not YAML, for an unknown key and for a wrong value.
     """
     path = Path(path)
-    if not path.is_file():
-        beside = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise AttunementError(f"there is no recipe file {str(path)!r}{nearest(str(path), beside)}")
-    try:
-        values = parse(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise AttunementError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        table = (
-            f" ({path.name} looks like data: a recipe names it under `data`)" if suffix_of(path.name) in READERS else ""
-        )
-        raise AttunementError(f"{path}: expected keys such as model, data, task; got {short(values)}{table}")
+    values = mapping(path, "recipe", "model, data, task")
     placed(values, path.parent)
     for override in overrides:
         _override(values, override)
@@ -197,6 +186,28 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     import_all(values.get("imports"), str(path))
     recipe: Recipe = read(Recipe, values, str(path))
     return recipe if recipe.output else recipe.model_copy(update={"output": str(Path("runs") / path.stem)})
+
+
+def mapping(path: Path, kind: str, keys: str) -> dict[str, Any]:
+    """The keys and values in the YAML file of a recipe or a study.
+
+    Args:
+        kind: what the file is to hold, `keys`: some of its keys, as the sentences say it.
+
+    Raises `AttunementError` for a file that is not there, is not YAML or holds something else.
+    """
+    if not path.is_file():
+        beside = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise AttunementError(f"there is no {kind} file {str(path)!r}{nearest(str(path), beside)}")
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise AttunementError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        table = f" ({path.name} looks like data: a {kind} names it under `data`)"
+        table = table if suffix_of(path.name) in READERS else ""
+        raise AttunementError(f"{path}: expected keys such as {keys}; got {short(values)}{table}")
+    return values
 
 
 def placed(values: dict[str, Any], folder: Path) -> None:

@@ -396,7 +396,8 @@ class CausalLM(Task):
 
 
 class ImageClassification(Task):
-    """Images into one of several classes. An image is a path, the bytes of a file, or what `datasets` decodes."""
+    """Images into one of several classes. An image is the bytes of a file, what `datasets` decodes, or a path: looked for
+    beside the file that has the rows, then in the current folder."""
 
     kind: Literal["image-classification"] = "image-classification"
     labels: tuple[str, ...] | None = None
@@ -491,9 +492,14 @@ def _image(value: Any, where: str) -> Any:
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
     try:
-        return Image.open(io.BytesIO(value) if isinstance(value, bytes) else Path(value)).convert("RGB")
+        return Image.open(io.BytesIO(value) if isinstance(value, bytes) else _beside(value, where)).convert("RGB")
     except (OSError, TypeError, UnidentifiedImageError) as error:
         raise AttunementError(f"{where}: an image cannot be read: {error}") from error
+
+
+def _beside(path: str, where: str) -> Path:
+    beside = Path(where).parent / path
+    return beside if beside.is_file() else Path(path)
 
 
 @torch.inference_mode()

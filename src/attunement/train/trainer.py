@@ -273,7 +273,7 @@ class Trainer(transformers.Trainer):
             size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             return LengthGrouped(list(rows[column]), size, seed)
-        return super()._get_train_sampler(train_dataset)
+        return transformers.Trainer._get_train_sampler(self, train_dataset)  # `self` may be of another subclass of it
 
 
 class LengthGrouped(Sampler[int]):
