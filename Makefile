@@ -13,7 +13,7 @@ demo: $(VENV)/demo
 	$(BIN)/attune demo
 
 test: $(VENV)/dev
-	$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -n auto --dist worksteal -rs $(ARGS)
+	$(THREADS) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -n auto --dist worksteal -p no:logging -rs $(ARGS)
 
 install: $(VENV)/demo
 	@echo 'source $(VENV)/bin/activate   # then `attune` and `import attunement` work in this shell'

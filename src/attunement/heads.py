@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,11 @@ def attention_in(structure: Anatomy, sublayer: Place) -> tuple[str, Any]:
 
 def between(module: Any) -> str | None:
     """What happens to queries and keys before they meet (the end of a sentence), or None."""
-    kind: Any = base_of(type(module))
+    return _between(base_of(type(module)))
+
+
+@functools.cache
+def _between(kind: Any) -> str | None:
     try:
         code = inspect.getsource(kind.forward)
     except (OSError, TypeError):

@@ -268,16 +268,11 @@ def once(name: str, folders: pytest.TempPathFactory, make: Callable[[], Any]) ->
     return json.loads(file.read_text())
 
 
-@functools.cache
-def _everywhere(sample: Sample, name: str) -> Any:
-    return sample.everywhere(name)
-
-
 def adapted(
     model: nn.Module, sample: Sample, layer: str | None = None, name: str = "a", seed: int | None = 0
 ) -> at.Adapter:
     """An adapter of a sample at one layer or everywhere, moved away from its start unless `seed` is None."""
-    on = _everywhere(sample, model.home) if layer is None else PLACES[layer]  # type: ignore[arg-type]
+    on = sample.everywhere(model.home) if layer is None else PLACES[layer]  # type: ignore[arg-type]
     adapter = at.adapt(model, sample.method, on=on, name=name, data=data(model))
     return adapter if seed is None else perturb(adapter, seed)
 

@@ -5,14 +5,13 @@ They are built once and copied. `given` makes a batch for any of them, `run` and
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor, nn
-from toy_model import LAYERS, Layer, ids, toy
+from toy_model import LAYERS, Layer, Mould, ids, toy
 
 WIDTH, HIDDEN, HEADS, TOKENS, WORDS, END = 8, 12, 2, 5, 13, 1
 TEXT = {"vocab_size": WORDS, "bos_token_id": 2, "eos_token_id": END, "pad_token_id": 0, "use_cache": False}
@@ -100,7 +99,7 @@ def _vision(classes: int | None) -> nn.Module:
 
 
 @functools.cache
-def _pattern(name: str, dtype: torch.dtype, classes: int | None) -> nn.Module:
+def _mould(name: str, dtype: torch.dtype, classes: int | None) -> Mould:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model: nn.Module = globals()[f"_{name}"](classes)
@@ -108,12 +107,12 @@ def _pattern(name: str, dtype: torch.dtype, classes: int | None) -> nn.Module:
             spread = 0.3 if parameter.dim() > 1 or "bias" in key else 0.1
             nn.init.normal_(parameter, float(parameter.dim() == 1 and key.endswith("weight")), spread)
         model.home = name  # type: ignore[assignment]
-        return model.to(dtype).eval()
+        return Mould(model.to(dtype).eval())
 
 
 def home(name: str, dtype: torch.dtype = torch.float64, classes: int | None = None) -> nn.Module:
     """A fresh copy of the model of that name, in eval mode: a language model, or one with so many classes."""
-    return toy(dtype, classes) if name == "toy" else copy.deepcopy(_pattern(name, dtype, classes))
+    return toy(dtype, classes) if name == "toy" else _mould(name, dtype, classes)()
 
 
 def data(model: Any) -> list[Any]:
@@ -164,6 +163,12 @@ def out(model: Any, inputs: Any = None) -> Tensor:
     """The same without a graph."""
     with torch.no_grad():
         return run(model, inputs)
+
+
+@functools.cache
+def alone(name: str) -> Tensor:
+    """What the model of that name gives before anything is done to it: the same bits each time."""
+    return out(home(name))
 
 
 def fill(model: Any, state: dict[str, Tensor], assign: bool) -> None:

@@ -56,11 +56,13 @@ def check(sample, where: str, kind: str) -> None:
             assert apart <= 1e-3 * float(right[key].abs().max()) + 1e-6 * largest, (
                 f"{key} of {name!r}: gradients are {apart:.1e} apart"
             )
-        found = {key: whole(tensor) for key, tensor in adapters[name].state().items()}
+    for name, adapter in adapters.items():
+        found = {key: whole(tensor) for key, tensor in adapter.state().items()}
         for key, tensor in at.adapters(plain)[name].state().items():
             assert torch.equal(found[key], tensor), f"{key} of {name!r} changed"
-        for key, tensor in bits(plain).items():
-            assert torch.equal(whole(model.state_dict()[key]), tensor), f"{key} of the base changed"
+    found = model.state_dict()
+    for key, tensor in bits(plain).items():
+        assert torch.equal(whole(found[key]), tensor), f"{key} of the base changed"
 
 
 def main() -> None:

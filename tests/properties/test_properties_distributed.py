@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from grid import SHARED, promise, selected
+from grid import SHARED, once, promise, selected
 
 HERE = Path(__file__).parent
 every_shared = pytest.mark.parametrize(
@@ -18,9 +18,12 @@ every_shared = pytest.mark.parametrize(
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, request):
     """{sample and kind: a traceback, or nothing}, from one pair of processes for all methods that are tested together."""
-    results = tmp_path_factory.mktemp("pair") / "results.json"
-    wanted = results.with_name("wanted.json")
-    wanted.write_text(json.dumps(selected(request)))
+    return once("pair", tmp_path_factory, lambda: run(tmp_path_factory.mktemp("pair"), selected(request)))
+
+
+def run(folder: Path, chosen: list[str]) -> dict[str, str]:
+    results, wanted = folder / "results.json", folder / "wanted.json"
+    wanted.write_text(json.dumps(chosen))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

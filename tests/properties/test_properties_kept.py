@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from grid import LIVES, STRUCTURES, adapted, every_cell, every_home, gradients, loss, promise, selected
-from homes import PLACES, fill, home, out, run
+from grid import LIVES, STRUCTURES, adapted, every_cell, every_home, gradients, loss, once, promise, selected
+from homes import PLACES, alone, fill, home, out, run
 from safetensors.torch import save_file
 from toy_model import bits, distance, same_bits
 
@@ -41,9 +41,11 @@ def test_what_is_saved_comes_back(sample, layer, tmp_path):
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory, request):
     """What every method, saved here, gives in one other process: {sample: a sentence, empty where all is right}."""
-    folder = tmp_path_factory.mktemp("saved")
+    return once("elsewhere", tmp_path_factory, lambda: loaded(tmp_path_factory.mktemp("saved"), set(selected(request))))
+
+
+def loaded(folder: Path, wanted: set[str]) -> dict[str, str]:
     torch.manual_seed(0)
-    wanted = set(selected(request))
     for sample, where in (pair for pair in LIVES if f"{pair[0].id}@{pair[1]}" in wanted):
         model = home(where)
         with contextlib.suppress(Exception):  # its own test says so
@@ -73,12 +75,11 @@ def test_another_base_and_spoilt_files_are_refused(sample, where, tmp_path):
     file = tmp_path / "saved" / "adapter.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    before = out(other)
     with pytest.raises(at.AttunementError, match="truncated"):
         at.load(other, tmp_path / "saved")
     file.write_bytes(whole)
     assert at.adapters(other) == {}
-    assert torch.equal(out(other), before)
+    assert torch.equal(out(other), alone(where))
 
 
 @every_home
@@ -118,7 +119,7 @@ def test_a_copy_is_a_model_of_its_own(sample, where, again):
     assert distance(out(twin), out(model)) > 1e-4
     assert same_bits(model.state_dict(), state)
     at.detach(twin)
-    assert torch.equal(out(twin), out(home(where)))
+    assert torch.equal(out(twin), alone(where))
     assert set(at.adapters(model)) == {"a", "b"}
 
 

@@ -20,7 +20,7 @@ from grid import (
     perturb,
     promise,
 )
-from homes import HOMES, PLACES, SPOTS, data, given, home, out, run, some
+from homes import HOMES, PLACES, SPOTS, alone, data, given, home, out, run, some
 from torch import Tensor, nn
 from toy_model import TIED, bits, distance, same_bits, toy
 
@@ -35,29 +35,28 @@ def under(model: nn.Module, active, inputs=None) -> Tensor:
         return out(model, inputs)
 
 
-def one_is_the_adapter_and_nought_is_the_base(sample, layer) -> nn.Module:
+def one_is_the_adapter_and_nought_is_the_base(sample, layer) -> tuple[nn.Module, Tensor]:
     model = home(PLACES[layer].home)
-    base = out(model)
+    base = alone(model.home)
     a, b = (adapted(model, sample, layer, name) for name in "ab")
     b.load_state(a.state())
-    alone = under(model, "a")
+    with_it = under(model, "a")
     for active in (at.Weighted({"a": 1.0}), at.Sum("a"), at.Stack("a"), at.Stack(None, "a"), at.Sum("a", None)):
-        assert distance(under(model, active), alone) <= EXACT, active
+        assert distance(under(model, active), with_it) <= EXACT, active
     for active in (at.Weighted({"a": 0.0}), at.Sum(), at.Average(None, None)):
         assert distance(under(model, active), base) <= EXACT, active
     assert torch.equal(under(model, None), base)
-    return model
+    return model, with_it
 
 
 @every_cell
 @promise("combine")
 def test_weights_are_weights(sample, layer):
-    model = one_is_the_adapter_and_nought_is_the_base(sample, layer)
-    base, alone = under(model, None), under(model, "a")
+    model, with_it = one_is_the_adapter_and_nought_is_the_base(sample, layer)
     halves = at.Sum(at.Weighted({"a": 0.5}), at.Weighted({"b": 0.5}))
     for active in (at.Weighted({"a": 0.3, "b": 0.7}), at.Average("a", "b"), halves):
-        assert distance(under(model, active), alone) <= EXACT, active
-    assert distance(under(model, at.Weighted({"a": 0.7, "b": -0.7})), base) <= EXACT
+        assert distance(under(model, active), with_it) <= EXACT, active
+    assert distance(under(model, at.Weighted({"a": 0.7, "b": -0.7})), alone(model.home)) <= EXACT
 
 
 def effect(model: nn.Module, layer: str, called: bool, active) -> Tensor:
@@ -126,7 +125,7 @@ every_spot = pytest.mark.parametrize(
 @every_spot
 def test_different_sizes_stack(sample, layer):
     model = home(PLACES[layer].home)
-    base = out(model)
+    base = alone(model.home)
     adapted(model, sample, layer, "a")
     adapted(model, larger(sample), layer, "b", seed=1)
     a, b = (under(model, name) for name in "ab")
@@ -146,10 +145,10 @@ UNWEIGHED = [(sample, layer) for sample, layer in SPOTTED if "combine" in sample
 
 @pytest.mark.parametrize(("sample", "layer"), UNWEIGHED, ids=[f"{sample.id}-{layer}" for sample, layer in UNWEIGHED])
 def test_what_has_no_weight_says_so_and_a_sum_of_it_is_a_stack(sample, layer):
-    model = one_is_the_adapter_and_nought_is_the_base(sample, layer)
+    model, _ = one_is_the_adapter_and_nought_is_the_base(sample, layer)
     perturb(at.adapters(model)["b"], seed=1)
     at.use(model, "b")
-    alone = out(model)
+    with_it = out(model)
     for active in (
         at.Weighted({"a": 0.5}),
         at.Weighted({"a": 0.3, "b": 0.7}),
@@ -158,7 +157,7 @@ def test_what_has_no_weight_says_so_and_a_sum_of_it_is_a_stack(sample, layer):
     ):
         with pytest.raises(at.AttunementError, match="weight"):
             at.use(model, active)
-        assert torch.equal(out(model), alone), "the adapter that was active still is"
+        assert torch.equal(out(model), with_it), "the adapter that was active still is"
     assert torch.equal(under(model, at.Sum("a", "b")), under(model, at.Stack("a", "b")))
 
 
@@ -189,20 +188,20 @@ def test_rows_train_as_a_loop_over_rows(sample, where, batch_first):
     model = toy(batch_first=batch_first) if where == "toy" else home(where)
     adapters = [adapted(model, sample, name="a"), adapted(model, sample, name="b", seed=1)]
     _rows_equal_a_loop(model)
-    plain = copy.deepcopy(model)
     batch = given(model, len(ROWS))
     with at.using(model, at.Rows(ROWS)):
         logits = run(model, batch)
     loss(logits).backward()
+    together = [gradients(adapter) for adapter in adapters]
+    model.zero_grad()
     rows = []
     for row, item in enumerate(ROWS):
-        with at.using(plain, item):
-            rows.append(run(plain, some(batch, slice(row, row + 1))))
+        with at.using(model, item):
+            rows.append(run(model, some(batch, slice(row, row + 1))))
     loss(torch.cat(rows)).backward()
-    for adapter in adapters:
-        expected = gradients(at.adapters(plain)[adapter.name])
+    for found, expected in zip(together, map(gradients, adapters), strict=True):
         largest = max(gradient.abs().max() for gradient in expected.values())  # that of a bias of keys is all rounding
-        for name, gradient in gradients(adapter).items():
+        for name, gradient in found.items():
             assert (gradient - expected[name]).abs().max() <= 1e-8 * largest, name
 
 
@@ -210,8 +209,8 @@ def _rows_equal_a_loop(model: nn.Module) -> None:
     batch = given(model, len(ROWS))
     rows = under(model, at.Rows(ROWS), batch)
     for row, item in enumerate(ROWS):
-        alone = under(model, item, some(batch, slice(row, row + 1)))[0]
-        assert distance(rows[row], alone) <= EXACT, item
+        by_itself = under(model, item, some(batch, slice(row, row + 1)))[0]
+        assert distance(rows[row], by_itself) <= EXACT, item
     with pytest.raises(at.AttunementError, match="rows"):
         under(model, at.Rows(ROWS), some(batch, slice(-1)))
 
@@ -247,7 +246,7 @@ MEETINGS = [
 )
 def test_unlike_methods_compose_train_and_merge(one, two, where):
     model = home(where)
-    base, before = out(model), bits(model)
+    base, before = alone(where), bits(model)
     a, b = adapted(model, one, name="a"), adapted(model, two, name="b", seed=1)
     actives = [at.Sum("a", "b"), at.Stack("a", "b"), at.Stack("b", "a")]
     if not any("combine" in sample.method.cannot for sample in (one, two)):
@@ -282,7 +281,7 @@ def test_unlike_methods_compose_train_and_merge(one, two, where):
 def test_one_adapter_of_unlike_methods(sample, where, tmp_path):
     """A method beside others in one recipe: trained, saved and merged as one, loaded as one."""
     model = home(where)
-    base, before = out(model), bits(model)
+    before = bits(model)
     adapter = perturb(at.adapt(model, beside(sample, where), data=data(model)))
     assert len({type(part.method) for part in adapter.parts}) >= 3
     loss(run(model)).backward()
@@ -299,7 +298,7 @@ def test_one_adapter_of_unlike_methods(sample, where, tmp_path):
     assert torch.equal(out(model), expected)
     adapter.detach()
     assert same_bits(bits(model), before)
-    assert torch.equal(out(model), base)
+    assert torch.equal(out(model), alone(where))
 
 
 def beside(sample, where: str) -> dict:

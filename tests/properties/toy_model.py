@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
+import pickle
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -188,16 +190,50 @@ LAYERS: dict[str, Layer] = {
 TIED = ("tied_embedding", "tied_head")
 
 
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: dict[int, Tensor] = {}
+
+    def persistent_id(self, value: Any) -> int | None:
+        if not isinstance(value, Tensor):
+            return None
+        self.tensors[id(value)] = value
+        return id(value)
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: dict[int, Tensor]) -> None:
+        super().__init__(file)
+        self.tensors, self.copies = tensors, {}
+
+    def persistent_load(self, key: int) -> Tensor:
+        return copy.deepcopy(self.tensors[key], self.copies)
+
+
+class Mould:
+    """Copies of a model, as `copy.deepcopy` makes them in five times the time: nearly every test begins with one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        file = io.BytesIO()
+        pickler = _Pickler(file)
+        pickler.dump(model)
+        self.bytes, self.tensors = file.getvalue(), pickler.tensors
+
+    def __call__(self) -> Any:
+        return _Unpickler(io.BytesIO(self.bytes), self.tensors).load()
+
+
 @functools.cache
-def _pattern(dtype: torch.dtype, classes: int | None, batch_first: bool) -> Toy:
+def _mould(dtype: torch.dtype, classes: int | None, batch_first: bool) -> Mould:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return Toy(classes, batch_first).to(dtype).eval()
+        return Mould(Toy(classes, batch_first).to(dtype).eval())
 
 
 def toy(dtype: torch.dtype = torch.float64, classes: int | None = None, batch_first: bool = True) -> Toy:
     """A fresh copy of the one toy model, in eval mode."""
-    return copy.deepcopy(_pattern(dtype, classes, batch_first))
+    return _mould(dtype, classes, batch_first)()
 
 
 def ids(batch: int = 3) -> Tensor:
@@ -207,11 +243,14 @@ def ids(batch: int = 3) -> Tensor:
 def look(model: nn.Module) -> dict[str, tuple]:
     """What a model is, beside the values of its tensors."""
     seen: dict[str, tuple] = {}
+    configs: dict[int, str] = {}  # most modules have the same one
     for name, module in model.named_modules():
         hooks = [len(value) for key, value in vars(module).items() if key.endswith("_hooks")]
         wanted = [(key, id(p), p.requires_grad) for key, p in module._parameters.items() if p is not None]
         config = module.__dict__.get("config")
-        known = None if config is None else (id(config), config._attn_implementation, repr(config))
+        if config is not None and id(config) not in configs:
+            configs[id(config)] = repr(vars(config))
+        known = None if config is None else (id(config), config._attn_implementation, configs[id(config)])
         seen[name] = (
             type(module),
             sorted(vars(module)),
