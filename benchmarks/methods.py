@@ -27,16 +27,22 @@ FIELDS: dict[str, dict[str, Any]] = {
     "delora": {},
     "dora": {},
     "fourierft": {},
+    "frod": {},
+    "glora": {},
     "gralora": {},
     "hira": {},
     "hra": {},
     "ia3": {},
+    "kasa": {},
+    "lily": {},
     "loha": {},
     "lokr": {},
     "lora": {},
     "miss": {},
     "oft": {"block_size": 32},
     "osf": {},
+    "peanut": {},
+    "psoft": {"exact": True},  # as PEFT decomposes
     "pvera": {},
     "randlora": {},
     "road": {},
@@ -90,7 +96,7 @@ def middle(bar: str, limit: float, found: list[Result]) -> Result:
     return Result(f"{bar} of {len(found)} methods", limit, "s", ours, theirs, ratio, ratio, ratio)
 
 
-DECOMPOSED = ("svfit", "pissa", "olora", "osf", "kasa", "psoft")
+DECOMPOSED = ("svfit", "pissa", "olora", "osf", "kasa", "psoft", "adamss", "frod", "int21")
 
 
 def decompositions(seconds: float) -> Iterator[Result]:
@@ -104,23 +110,24 @@ def decompositions(seconds: float) -> Iterator[Result]:
 
 
 def claims(_: float) -> Iterator[Result]:
-    """Trained numbers beside LoRA's where a paper's abstract states the ratio, on models without values."""
-    for claim, shape, on, method, lora, limit in (
-        (
-            "VeRA: 10x fewer than LoRA",
-            roberta_base,
-            "attention.{query,value}",
-            at.VeRA(rank=256),
-            at.LoRA(rank=8),
-            1 / 10,
-        ),
-        ("VeRA: 10x fewer than LoRA", llama_7b, "attention.{query,value}", at.VeRA(rank=256), at.LoRA(rank=8), 1 / 10),
-        ("SVFit: 16x fewer than LoRA", roberta_base, "attention.{query,value}", at.SVFit(), at.LoRA(rank=8), 1 / 16),
-        ("SVFit: 16x fewer than LoRA", llama_7b, "attention.{query,value}", at.SVFit(), at.LoRA(rank=8), 1 / 16),
+    """Trained numbers beside LoRA's where a paper's abstract states the ratio, on models without values.
+
+    LoTR's names no number: "better parameter efficiency than LoRA, especially for deep models".
+    """
+    few, every, lora, one = "attention.{query,value}", "attention.*|mlp.*", at.LoRA(rank=8), at.LoRA(rank=1)
+    both_shapes = (roberta_base, llama_7b)
+    for claim, limit, shapes, on, method, beside in (
+        ("VeRA: 10x fewer than LoRA", 1 / 10, both_shapes, few, at.VeRA(rank=256), lora),
+        ("SVFit: 16x fewer than LoRA", 1 / 16, both_shapes, few, at.SVFit(), lora),
+        ("NOLA: fewer than LoRA of rank one", 1.0, both_shapes, few, at.NOLA(), one),
+        ("NOLA: almost 20x fewer than LoRA of rank one", 1 / 20, (llama_70b,), every, at.NOLA(rank=1), one),
+        ("MoS: about 8x fewer than LoRA", 1 / 8, both_shapes, every, at.MoS(rank=16, budget=2), at.LoRA(rank=16)),
+        ("LoTR: fewer than LoRA of its rank", 1.0, both_shapes, few, at.LoTR(rank=8), lora),
     ):
-        model = shape()
-        ours, theirs = (count(model, one, on) for one in (method, lora))
-        yield Result(f"{claim}; {shape.__name__}", limit, "count", ours, theirs, *[ours / theirs] * 3)
+        for shape in shapes:
+            model = shape()
+            ours, theirs = count(model, method, on), count(model, beside, on)
+            yield Result(f"{claim}; {shape.__name__}", limit, "count", ours, theirs, *[ours / theirs] * 3)
 
 
 def count(model: nn.Module, method: at.Method, on: str) -> int:
@@ -139,6 +146,12 @@ def roberta_base() -> nn.Module:
 def llama_7b() -> nn.Module:
     with torch.device("meta"):
         return LlamaForCausalLM(LlamaConfig())
+
+
+def llama_70b() -> nn.Module:
+    shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=64, num_key_value_heads=8))
 
 
 METHOD_BARS = {

@@ -31,6 +31,8 @@ class Need(ABC):
     name: ClassVar[str] = ""
     of_gradient: ClassVar[bool] = False
     """Whether `add` gets the gradient of the loss by the weight, (..., out, in), instead of inputs (tokens, in)."""
+    of_idle: ClassVar[bool] = False
+    """Whether a weight that the loss does not depend on, while it does on others, has a value too: that of zero."""
 
     @abstractmethod
     def add(self, state: State, given: Tensor) -> None:
@@ -146,6 +148,7 @@ class Fisher(Need):
 
     name: ClassVar[str] = "fisher"
     of_gradient: ClassVar[bool] = True
+    of_idle: ClassVar[bool] = True
 
     def add(self, state: State, given: Tensor) -> None:
         _averaged(state, given.square(), 1)
@@ -224,7 +227,10 @@ def collect(model: nn.Module, wanted: Mapping[Site, Sequence[Need]], data: Any) 
             batch, count = _moved(batch, device), count + 1
             inputs.masks = _masks(batch)
             if gradients.parameters:
-                _loss(_call(model, batch)).backward()
+                loss = _loss(_call(model, batch))
+                if not loss.requires_grad:
+                    raise AttunementError(f"adapt: the loss does not depend on {next(iter(gradients.states)).key}")
+                loss.backward()
             else:
                 _call(model, batch)
             inputs.flush()
@@ -385,12 +391,15 @@ class _Gradients:
         self.parameters = {id(p): p for site in self.states if (p := _weight(site)) is not None}
 
     def add(self) -> None:
+        idle = [site for site in self.states if _weight(site).grad is None]
+        for site in idle:
+            if len(idle) == len(self.states) or not all(need.of_idle for need in self.states[site]):
+                raise AttunementError(f"adapt: the loss does not depend on {site.key}, so it has no gradient")
         for site, states in self.states.items():
             P = _weight(site)
-            if P.grad is None:
-                raise AttunementError(f"adapt: the loss does not depend on {site.key}, so it has no gradient")
+            gradient = torch.zeros_like(P) if P.grad is None else P.grad
             for need, state in states.items():
-                need.add(state, site.take(P.grad).to(working_dtype(P), copy=True))
+                need.add(state, site.take(gradient).to(working_dtype(P), copy=True))
         for P in self.parameters.values():
             P.grad = None
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import attunement as at
+from attunement.subspace import decomposed
 
 
 def model(out: int, inputs: int, dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -69,3 +70,21 @@ def test_the_start_is_the_base_to_the_bit(dtype: torch.dtype) -> None:
 def test_refuses_to_keep_all() -> None:
     with pytest.raises(at.AttunementError, match=r"leave none of a 4 x 6 matrix; the most are 3"):
         at.adapt(model(4, 6), at.OSF(frozen=4), on="0")
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (96, 200), (200, 96)])
+@pytest.mark.parametrize("decay", [0.0, 1.0, 3.0])  # none, what squares in double precision hold, what none hold
+def test_a_decomposition_by_squares_is_as_exact_as_an_svd(shape: tuple[int, int], decay: float) -> None:
+    U, S, Vh = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    W = (U * torch.arange(1, 97) ** -decay) @ Vh if decay else (U * S) @ Vh
+    exact, usual = (torch.linalg.svd(M, full_matrices=False) for M in (W.double(), W))
+    for leading in (8, 48, 96):
+        found = decomposed(W, leading)
+        for k, least in ((96, 1e-6), (leading, 1e-5)):
+            errors = [((U[:, :k] * S[:k]) @ Vh[:k] - (exact.U[:, :k] * exact.S[:k]) @ exact.Vh[:k]).norm() / W.norm()
+                      for U, S, Vh in (found, usual)]  # fmt: skip
+            assert errors[0] < least + 2 * errors[1]
+        U, S, Vh = found
+        torch.testing.assert_close(S[:leading].double(), exact.S[:leading], rtol=1e-5, atol=1e-6 * float(S[0]))
+        for basis in (U[:, :leading], Vh[:leading].mT):
+            assert (basis.mT @ basis - torch.eye(leading)).abs().max() < 1e-4

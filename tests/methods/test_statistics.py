@@ -84,6 +84,18 @@ def test_gradients_and_fisher_information():
     torch.testing.assert_close(got["fisher"], torch.stack(each).square().mean(0))
 
 
+def test_a_weight_that_nothing_reads_carries_no_information_and_has_no_gradient():
+    model, data = bert(), batches()
+    model.bert.pooler.spare = nn.Linear(8, 8).double()
+    spare, read = (sites(model, path)[0] for path in ("bert.pooler.spare", DOWN))
+    got = collect(model, {site: (Fisher(),) for site in (spare, read)}, data)
+    assert not got[spare]["fisher"].any()
+    assert got[read]["fisher"].all()
+    for wanted in ({spare: (Fisher(),)}, {spare: (Gradient(),), read: (Fisher(),)}):
+        with pytest.raises(at.AttunementError, match=r"does not depend on bert\.pooler\.spare"):
+            collect(model, wanted, data)
+
+
 def test_sites_with_the_same_input_share_and_part_when_it_differs():
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -18,8 +19,13 @@ K = TypeVar("K", bound=Hashable)
 
 def spectrum(site: Site, count: int, seed: int) -> Tensors:
     """`spectrum` (count,), zero, and `index` (count,) of its entries in the flat matrix; PEFT draws the same ones."""
-    index = torch.randperm(site.outputs * site.inputs, generator=torch.Generator().manual_seed(seed))[:count]
-    return {"spectrum": torch.zeros(count), "index": seeded(index)}
+    return {"spectrum": torch.zeros(count), "index": seeded(at_random(site.outputs * site.inputs, count, seed).clone())}
+
+
+@functools.lru_cache(maxsize=8)
+def at_random(size: int, count: int, seed: int) -> Tensor:
+    """The first `count` of a random order of so many entries; kept, since every matrix of a size has the same."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count].clone()
 
 
 def too_few(site: Site, count: int) -> str | None:

@@ -53,7 +53,7 @@ class INT21(WeightMethod):
         V = W.detach().float().unflatten(-1, (-1, self.columns or W.shape[-1]))  # (out, groups, columns)
         low, high = V.amin(-1, keepdim=True), V.amax(-1, keepdim=True)
         step = ((high - low) / (2**self.bits - 1)).clamp_min(torch.finfo(V.dtype).tiny)
-        return (low + torch.round((V - low) / step) * step - V).flatten(-2).to(W.dtype)
+        return (V - low).div_(step).round_().mul_(step).add_(low).sub_(V).flatten(-2).to(W.dtype)
 
     def refuse(self, site: Site) -> str | None:
         size = self.columns or site.inputs

@@ -48,4 +48,5 @@ class MiSS(WeightMethod):
         return too_large(self.rank, site)
 
     def factors(self, _: Tensor, D: Tensor, E: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        return D.repeat(1, like.shape[1] // D.shape[1]).mT, E  # (out, rank), (rank, in)
+        D = D if self.shared_rows is None else D.repeat(1, like.shape[1] // D.shape[1])
+        return D.mT, E  # (out, rank), (rank, in)

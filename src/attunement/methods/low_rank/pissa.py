@@ -11,7 +11,7 @@ from torch import Tensor
 from attunement.method import Tensors, WeightMethod, fixed, register, seeded
 from attunement.methods._low_rank import moved, scale, too_large
 from attunement.site import Site
-from attunement.subspace import singular
+from attunement.subspace import decomposed, first, singular
 
 
 @register("low_rank/pissa", source="https://arxiv.org/abs/2404.02948")
@@ -47,7 +47,8 @@ class PiSSA(WeightMethod):
 
     def start(self, site: Site, s: float) -> tuple[Tensor, Tensor]:
         """B0 (out, rank) and A0 (rank, in)."""
-        U, S, Vh = singular(site.weight, self.rank, exact=self.exact)
+        W, r = site.weight, self.rank
+        U, S, Vh = first(*decomposed(W, r), r) if self.exact else singular(W, r)
         root = torch.sqrt(S / s)  # (rank,)
         return U * root, root[:, None] * Vh
 

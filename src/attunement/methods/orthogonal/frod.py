@@ -47,7 +47,7 @@ class FRoD(WeightMethod):
         generator = torch.Generator().manual_seed(self.seed)
         for number, alike in enumerate(kinds(sites, role)):
             V, n = self.basis([W for site in alike for W in matrices(site)]), alike[0].inputs
-            inverse = torch.linalg.inv(V.double())
+            inverse = inverted(V)
             for site in alike:
                 _inverses[site] = inverse
             count = min(max(1, int(n * n * self.density)), n * n - n)
@@ -60,9 +60,7 @@ class FRoD(WeightMethod):
 
     def tensors(self, site: Site) -> Tensors:
         inverse = _inverses.get(site.among[place(site)]) if site.among else None
-        U, scales = frame(
-            site.weight, torch.linalg.inv(self.basis([site.weight]).double()) if inverse is None else inverse
-        )
+        U, scales = frame(site.weight, inverted(self.basis([site.weight])) if inverse is None else inverse)
         n = site.inputs
         return {
             "scales": scales.clone(),  # (in,)
@@ -73,26 +71,26 @@ class FRoD(WeightMethod):
         }
 
     def basis(self, weights: list[Tensor]) -> Tensor:
-        """V (in, in) of the joint decomposition of matrices (out, in)."""
+        """V (in, in) of the joint decomposition of matrices (out, in): PEFT's to the last bit, for which its files have U."""
         stack = torch.cat(weights)  # (outs, in)
         if stack.shape[0] < stack.shape[1]:
-            V = torch.linalg.svd(stack, full_matrices=True).Vh.mT
-        else:
-            Q, R = torch.linalg.qr(stack)
-            eye = self.ridge * torch.eye(len(R), dtype=R.dtype, device=R.device)
-            inverse = [
-                torch.cholesky_inverse(torch.linalg.cholesky(q.mT @ q + eye))
-                for q in Q.split([len(W) for W in weights])
-            ]
-            V = R.mT @ torch.linalg.eigh(sum(inverse) / len(inverse)).eigenvectors
-        return V
+            return torch.linalg.svd(stack, full_matrices=True).Vh.mT
+        Q, R = torch.linalg.qr(stack)
+        eye = self.ridge * torch.eye(len(R), dtype=R.dtype, device=R.device)
+        mean = torch.zeros_like(R)
+        for q in Q.split([len(W) for W in weights]):
+            mean += torch.linalg.inv(q.mT @ q + eye)
+        return R.mT @ torch.linalg.eigh(mean / len(weights)).eigenvectors
 
     def delta(
         self, _W: Tensor, scales: Tensor, turns: Tensor, U: Tensor, scales0: Tensor, kind: Tensor, **shared: Tensor
     ) -> Tensor:
         V, places = shared[f"V{kind.shape[1]}"], shared[f"places{kind.shape[1]}"]
-        S = turns.new_zeros(V.numel()).scatter(0, places, turns).view(V.shape)  # (in, in)
-        return U @ ((S + torch.diag_embed(scales - scales0)) @ V.mT)  # (out, in)
+        n = len(V)
+        along = torch.arange(0, n * n, n + 1, device=places.device)  # the diagonal, which no place is on
+        entries, where = torch.cat((turns, scales - scales0)), torch.cat((places, along))
+        S = turns.new_zeros(n * n).scatter(0, where, entries).view(n, n)  # (in, in)
+        return U @ S @ V.mT if len(U) < n else U @ (S @ V.mT)  # (out, in)
 
 
 def matrices(site: Site) -> list[Tensor]:
@@ -100,8 +98,14 @@ def matrices(site: Site) -> list[Tensor]:
     return list(site.weight.flatten(0, -3)) if site.batch else [site.weight]
 
 
+def inverted(V: Tensor) -> Tensor:
+    """The inverse of V in double precision, or as PEFT its pseudo-inverse where inputs have no weight at all."""
+    inverse, failed = torch.linalg.inv_ex(V.double())
+    return inverse if V.is_meta or not failed else torch.linalg.pinv(V.double(), rtol=1e-6)
+
+
 def frame(W: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     """U (out, in) with columns of length one or zero, and scales (in,), W = U diag(scales) V^T, from the inverse of V."""
     columns = W.double() @ inverse.mT  # (out, in)
     scales = torch.linalg.vector_norm(columns, dim=0)
-    return torch.where(scales > 1e-12, columns / scales.clamp_min(1e-12), 0.0), scales
+    return columns * torch.where(scales > 1e-12, 1 / scales, 0.0), scales

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attunement.method import Tensors, WeightMethod, register, seeded
 from attunement.site import Site
-from attunement.subspace import singular
+from attunement.subspace import decomposed
 
 if TYPE_CHECKING:
     from attunement.part import Part
@@ -39,8 +39,8 @@ class OSF(WeightMethod):
     frozen: PositiveInt | Annotated[float, Field(gt=0, lt=1)] = 0.5
 
     def tensors(self, site: Site) -> Tensors:
-        U, S, Vh = (M.contiguous() for M in singular(site.weight, min(site.outputs, site.inputs)))
         k, rows = self.kept(site), torch.contiguous_format
+        U, S, Vh = (M.contiguous() for M in decomposed(site.weight, k))
         return {
             "U": U[:, k:].clone(memory_format=rows),  # (out, m)
             "S": S[k:].clone(),  # (m,)

@@ -53,8 +53,9 @@ class RoAd(WeightMethod):
 
     def _turned(self, y: Tensor, theta: Tensor, alpha: Tensor) -> Tensor:
         half, parts = self.group_size // 2, self.variant
-        c, s = ((alpha * turn(theta)).view(-1, parts, half) for turn in (torch.cos, torch.sin))  # (groups, parts, g/2)
-        c, s = (c[:, :2], s[:, 2:]) if self.variant == 4 else (c, s)  # (groups, 1 or 2, g/2)
-        pairs = y.unflatten(-1, (-1, 2, half))  # (..., groups, 2, g/2)
-        first, second = pairs.unbind(-2)
-        return (pairs * c + torch.stack((-second, first), dim=-2) * s).flatten(-3)
+        c, s = ((alpha * turn(theta)).view(-1, parts, half) for turn in (torch.cos, torch.sin))
+        c, s = (c[:, :2], s[:, 2:]) if parts == 4 else (c, s)  # (groups, 1 or 2, g/2)
+        first, second = y.unflatten(-1, (-1, 2, half)).unbind(-2)  # (..., groups, g/2)
+        upper = torch.addcmul(first * c[:, 0], second, s[:, 0], value=-1)
+        lower = torch.addcmul(second * c[:, -1], first, s[:, -1])
+        return torch.stack((upper, lower), dim=-2).flatten(-3)

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from attunement.method import Tensors, WeightMethod, fixed, register
-from attunement.methods._entries import integer, scattered
+from attunement.methods._entries import at_random, integer, scattered
 from attunement.site import Site
 
 
@@ -63,7 +63,7 @@ class Sparse(WeightMethod):
         if self.entries is not None:
             index = torch.tensor([row * site.inputs + column for row, column in set(self.entries)])
         elif self.choice == "random":
-            index = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))[:count]
+            index = at_random(size, count, self.seed)
         else:
             index = site.weight.abs().flatten().topk(count, largest=self.choice == "magnitude", sorted=False).indices
         index = index.sort().values.to(integer(size))
