@@ -51,7 +51,7 @@ readme: $(VENV)/dev
 
 # What attune recommend knows without a study: the final runs of docs/studies in one file of the package
 results: $(VENV)/dev
-	$(BIN)/python -m attunement.compare.shipped docs/studies
+	$(BIN)/python -m attunement.compare.shipped docs/studies runs/compare
 
 docs: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"

@@ -41,7 +41,7 @@ def findings(study: Study, rows: Sequence[Row]) -> list[Finding]:
         found.append(_against_full(full, [row for row in ranked if row is not full]))
     good = [row for row in good if row.method != STILL]  # what adapts nothing costs nothing
     for key, title in QUESTIONS:
-        if first := leaders(study, good, key):
+        if first := leaders(study, good, key)[0]:
             found.append(_least(key, title, first, good, full, words))
     return found
 
@@ -55,14 +55,15 @@ def _quality(ranked: Sequence[Row]) -> Finding:
     best = ranked[0]
     unit = unit_of(MEASURES[0], best.metric)
     top = [row for row in ranked if row.among_best]
-    others = len(ranked) - len(top)
+    behind = sum(row.to_best is not None and row.to_best.sure for row in ranked)
+    unsteady = [row.label for row in ranked if not row.among_best and not (row.to_best and row.to_best.sure)]
     value = with_interval(best, "quality")
     if len(ranked) == 1:
         return Finding("Best quality", best.label, f"{value}; there is no other to compare with.", (best.label,))
     if all(row.to_best is None or row.to_best.low is None for row in ranked[1:]):
         sentence = f"{best.label} has the highest value, {value}; with one seed nothing can be said of the differences."
         return Finding("Best quality", "Not to be told", sentence, (best.label,))
-    if len(top) == 1:
+    if len(top) == 1 and not unsteady:
         second = ranked[1]
         lead = second.to_best
         gap = f"; {shown_gap(lead.mean, unit)} above {second.label}" if lead else ""
@@ -70,8 +71,11 @@ def _quality(ranked: Sequence[Row]) -> Finding:
         return Finding("Best quality", best.label, f"{value}, better than {what}{gap}.", (best.label,))
     sentence = (
         f"{len(top)} of {len(ranked)} methods cannot be told apart at the top. {best.label} has the highest mean, {value}, "
-        + (f"and is better than the {others} others." if others else "but is better than none of the others.")
+        + (f"and is better than {behind} others." if behind else "but is better than none of the others.")
     )
+    if unsteady:
+        ends = ("means lie", "they are") if unsteady[1:] else ("mean lies", "it is")
+        sentence += f" The {ends[0]} below that for {listed(unsteady)}, and whether {ends[1]} worse is not sure."
     return Finding("Best quality", level(top), sentence, tuple(row.label for row in top))
 
 

@@ -68,7 +68,7 @@ def choices(
 ) -> tuple[str, list[Choice]]:
     """The task that was decided on, and up to `count` choices whose means stay within the limits.
 
-    First the highest quality; then, of those that cannot be told from it, the ones that need least of what is limited
+    First the highest quality; then, of those that are level with it, the ones that need least of what is limited
     (of what is kept for backward where nothing is); then the next in quality. Zero-shot adapts nothing and is left out.
     """
     from attunement.compare.table import STILL, rows
@@ -114,7 +114,7 @@ def _ranked(study: Study, fitting: Sequence[Row], limits: Mapping[str, float], c
     from attunement.compare.findings import shown_gap, with_interval
     from attunement.compare.table import MEASURES, leaders, unit_of
 
-    alike = leaders(study, fitting, "quality")
+    alike, behind = leaders(study, fitting, "quality")
     best = alike[0]
     costs = [LIMITS[option][0] for option in limits] or ["backward_bytes"]
     words = [LIMITS[option][1] for option in limits] or [LIMITS["backward"][1]]
@@ -132,7 +132,7 @@ def _ranked(study: Study, fitting: Sequence[Row], limits: Mapping[str, float], c
         return " and ".join(said) or "unknown cost"
 
     metric, unit = best.metric.replace("_", " "), unit_of(MEASURES[0], best.metric)
-    others, told = len(fitting) - 1, len(fitting) - len(alike)
+    others, told = len(fitting) - 1, len(behind)
     within = "within the limit" if limits else "of all"
     beats = (
         "it is the only one that fits"
@@ -140,7 +140,7 @@ def _ranked(study: Study, fitting: Sequence[Row], limits: Mapping[str, float], c
         else (
             f"it is better than each of the {others} others"
             if told == others and others > 1
-            else f"it is better than {told} of the {others} others and cannot be told from the rest"
+            else f"it is better than {told} of the {others} others"
         )
     )
     made = [(best, f"The highest mean {metric} {within}, {with_interval(best, 'quality')}, at {spent(best)}; {beats}.")]
@@ -153,8 +153,7 @@ def _ranked(study: Study, fitting: Sequence[Row], limits: Mapping[str, float], c
     rest = [row for row in fitting if all(row is not one for one, _ in made)]
     for row in rest:
         gap = shown_gap(row.values["quality"].mean - best.values["quality"].mean, unit)
-        sure = "which cannot be told from it" if row in alike else f"below {best.label} for sure"
-        away = f"{gap} from {best.label}, {sure}" if row in alike else f"{gap} {sure}"
+        away = f"{gap} below {best.label} for sure" if row in behind else f"{gap} from {best.label}, which is not sure"
         made.append((row, f"The next in {metric}, {with_interval(row, 'quality')}: {away}, at {spent(row)}."))
     return [_choice(study, row, text) for row, text in made[:count]]
 

@@ -1,12 +1,14 @@
 """The committed studies in one small file of the package, for `attune recommend` where there is no study of one's own.
 
-`make results` writes it from `docs/studies`: the final runs alone, without curves.
+`make results` brings what the studies of `docs/studies` have come to in `runs/compare` into their folders, with their pages,
+and writes the file: the final runs alone, without curves.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,21 @@ from attunement.compare.records import Study, Trial
 from attunement.errors import AttunementError
 
 RESULTS = Path(__file__).parent / "data" / "results.json"
+
+
+def publish(studies: Path, runs: Path) -> int:
+    """Take over the trials of every study of a folder that has run, and write its page. Returns how many there were."""
+    from attunement.compare import report
+
+    found = [folder for folder in sorted(studies.iterdir()) if (runs / folder.name / records.TRIALS).is_file()]
+    for folder in found:
+        for name in (records.TRIALS, records.CURVES, records.MISSING):
+            if (runs / folder.name / name).is_file():
+                shutil.copyfile(runs / folder.name / name, folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+        report.write(folder)
+    return len(found)
 
 
 def collect(studies: Path, path: Path = RESULTS) -> int:
@@ -60,7 +77,8 @@ def _short(value: Any) -> Any:
 
 
 if __name__ == "__main__":
+    studies, runs = (Path(word) for word in [*sys.argv[1:], "docs/studies", "runs/compare"][:2])
     try:
-        print(f"{collect(Path(sys.argv[1] if len(sys.argv) > 1 else 'docs/studies'))} studies in {RESULTS.name}")
+        print(f"{publish(studies, runs)} studies brought up to date, {collect(studies)} in {RESULTS.name}")
     except AttunementError as error:
         sys.exit(str(error))

@@ -97,6 +97,8 @@ class Row:
     """This one's quality minus that of full fine-tuning."""
     first: bool = False
     """Whether its mean quality is the highest of the task."""
+    level: bool = False
+    """Whether its quality cannot be told from the best, and its mean lies within the interval of the best."""
     front: tuple[str, ...] = field(default=())
     """The costs against which it is on the Pareto front."""
 
@@ -107,8 +109,8 @@ class Row:
 
     @property
     def among_best(self) -> bool:
-        """Whether its quality cannot be told from the best."""
-        return self.first or (self.to_best is not None and not self.to_best.sure)
+        """Whether it is the best or level with it."""
+        return self.first or self.level
 
     @property
     def quality(self) -> Estimate | None:
@@ -170,6 +172,7 @@ def _of_task(task: str, parts: list[str], groups: Mapping[str, list[Trial]]) -> 
             replace(
                 row,
                 to_best=to_best.get(row.label),
+                level=row is not best and not _sure(to_best, row) and _within(best, row),
                 to_full=_turned(to_full.get(row.label)),
                 first=row is best,
                 front=tuple(fronts.get(row.label, ())),
@@ -328,20 +331,34 @@ def recipe(study: Study, row: Row) -> str:
     return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=100) if whole else ""
 
 
-def leaders(study: Study, rows: Sequence[Row], key: str) -> list[Row]:
-    """Of rows of one task, the best in a measure and those that its interval cannot tell from it, the best first."""
+def leaders(study: Study, rows: Sequence[Row], key: str) -> tuple[list[Row], list[Row]]:
+    """Of rows of one task, the best in a measure and those level with it, the best first; and those that surely are not.
+
+    What is neither varies too much from seed to seed to be judged, with a mean that the best's interval leaves out.
+    """
     able = [row for row in rows if key in row.values]
     measure = next(one for one in MEASURES if one.key == key)
     up = measure.best == "high" and all(higher(row.metric) for row in able)
     able.sort(key=lambda row: (-_mean(row, key) if up else _mean(row, key), row.label))
     if not able or key in EXACT:
-        return [row for row in able if row.values[key].mean == able[0].values[key].mean]
+        level = [row for row in able if row.values[key].mean == able[0].values[key].mean]
+        return level, [row for row in able if row not in level]
     values = {
         row.label: _values([t for t in study.trials if t.label == row.label and row.task in (ALL, t.task)], key)
         for row in able
     }
     common = prior(list(values.values()))
-    differences = compare(
-        values[able[0].label], {row.label: values[row.label] for row in able[1:]}, common, chosen=True
-    )
-    return [able[0], *(row for row in able[1:] if not (row.label in differences and differences[row.label].sure))]
+    found = compare(values[able[0].label], {row.label: values[row.label] for row in able[1:]}, common, chosen=True)
+    behind = [row for row in able[1:] if _sure(found, row)]
+    level = [row for row in able[1:] if not _sure(found, row) and (key != "quality" or _within(able[0], row))]
+    return [able[0], *level], behind
+
+
+def _sure(differences: Mapping[str, Difference], row: Row) -> bool:
+    return row.label in differences and differences[row.label].sure
+
+
+def _within(best: Row, row: Row) -> bool:
+    """Whether the mean quality of a row lies within the interval of the best, where that has one."""
+    low, high = best.values["quality"].low, best.values["quality"].high
+    return low is None or high is None or low <= _mean(row, "quality") <= high
