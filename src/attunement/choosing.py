@@ -18,7 +18,17 @@ from attunement.network import NetworkPart, network_site
 from attunement.part import Group, Part
 from attunement.selection import select
 from attunement.sequence import SequencePart, sequence_site
-from attunement.site import OPAQUE, PLAIN, READ_ONLY, Site, base_of, children_read, layout_of
+from attunement.site import (
+    NORM_FIRST,
+    OPAQUE,
+    PLAIN,
+    READ_ONLY,
+    Layout,
+    Site,
+    base_of,
+    children_read,
+    layout_of,
+)
 
 
 def is_ours(name: str) -> bool:
@@ -201,10 +211,16 @@ def _output(_: Any, method: Method, place: Place) -> Site | str:
     if base_of(type(module)).__name__ == READ_ONLY:
         return "MultiheadAttention reads this weight and never calls the module: it has no output of its own"
     layout = layout_of(module, "weight")
+    last, ending = (module, layout) if not isinstance(layout, str) else _last(module)
     site = Site(place, None, OPAQUE if isinstance(layout, str) else layout)
     if not isinstance(layout, str):
         *_, site.outputs, inputs = layout.size(module, "weight")
         site.inputs = getattr(module, "in_channels", inputs if inputs > 1 else site.outputs)
+    elif last is not None and ending.channels == 1:
+        if reads:
+            return f"what enters {kind}, which convolves, has other positions or channels than what leaves it"
+        site.layout = NORM_FIRST  # maps, with the channels of the last convolution or norm in second place
+        site.outputs = site.inputs = ending.size(last, "weight")[-2]
     elif widths := [p.shape[-1] for p in module.parameters() if p.dim() >= 2]:
         site.outputs = site.inputs = widths[0]
     else:
@@ -212,6 +228,15 @@ def _output(_: Any, method: Method, place: Place) -> Site | str:
     if place.entry is not None and not isinstance(entry := layout_of(place.entry, "weight"), str):
         site.inputs = entry.size(place.entry, "weight")[-1]
     return site
+
+
+def _last(module: nn.Module) -> tuple[nn.Module | None, Layout]:
+    """The last module inside that has a weight of a known layout, and that layout: what is likely to make the output."""
+    for part in reversed(list(module.modules())):
+        layout = layout_of(part, "weight")
+        if not isinstance(layout, str) and part._parameters.get("weight") is not None:
+            return part, layout
+    return None, OPAQUE
 
 
 def passed_over(model: nn.Module, method: Method, site: Site) -> str | None:

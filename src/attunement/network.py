@@ -19,7 +19,7 @@ from attunement.method import Method
 from attunement.narrow import narrowed
 from attunement.part import Part
 from attunement.sequence import named
-from attunement.site import OPAQUE, Site
+from attunement.site import OPAQUE, Site, layout_of
 
 ASKING = "_attuned_asking"
 
@@ -86,6 +86,8 @@ def network_site(structure: Anatomy, method: Method, place: Place) -> Site | str
     norms = [p.module for p in blocks[0].members if p.role == "norm"] if blocks else []
     if not norms:
         return f"{type(place.module).__name__} has no blocks of a known width"
+    if getattr(layout_of(norms[0], "weight"), "channels", -1) == 1:
+        return f"what passes between the blocks of {type(place.module).__name__} are maps, not tokens"
     if any(p.role == "cross_attention" and p.stack == place.stack for p in structure.places):
         return "the blocks of a decoder that reads an encoder need its states too; select 'encoder.backbone'"
     site = NetworkSite(place, structure, method, norms[0]._parameters["weight"].shape[0])  # type: ignore[union-attr]
