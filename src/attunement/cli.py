@@ -109,7 +109,7 @@ def methods(
 
     imported(imports)
     last = {name: name.partition("/")[2] for name in at.methods()}
-    named = [name for name in last if pattern in (name, last[name])]
+    named = [name for name in last if pattern.casefold() in (name, last[name], at.method(name).__name__.casefold())]
     names = named or at.methods(pattern) or at.methods(f"*/{pattern}") or at.methods(f"*{pattern}*")
     if not names:
         raise AttunementError(f"methods: none matches {pattern!r}{nearest(pattern, [*last, *last.values()])}")

@@ -307,6 +307,11 @@ def _say_plainly(cls: type) -> None:
 
 _ON = "where a method acts is said to `at.adapt(..., on=...)`"
 ELSEWHERE = {
+    "use_rslora": "that is `rank_stabilised=True`",
+    "use_dora": "that is `at.DoRA`",
+    "init_lora_weights": "LoRAs that start otherwise are methods: `at.PiSSA`, `at.OLoRA`, `at.EVA`, `at.CorDA`, `at.LoRAGA`",
+    "task_type": "the model says what its task is",
+    "projection_prng_key": "that is `seed`",
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_to_transform"), _ON),
     "modules_to_save": "task heads train by default, and what else does is a recipe's `at.Train()`",
 }
@@ -325,7 +330,7 @@ def _sentence(cls: type, error: ValidationError) -> str:
         return f"{cls.__name__} needs its field {field!r}, which has no default"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         instead = f"; {ELSEWHERE[field]}" if field in ELSEWHERE else nearest(field, known)
-        return f"{cls.__name__} has no field {field!r}; its fields are {', '.join(known)}{instead}"
+        return f"{cls.__name__} has no field {field!r}; its fields are {', '.join(known) or 'none'}{instead}"
     if first["type"] == "value_error":
         return f"{cls.__name__}: {first['msg'].removeprefix('Value error, ')}"
     return f"{cls.__name__}: {field} must be {wanted(first['msg'])}, got {first['input']!r}"
@@ -366,8 +371,10 @@ def method(name: str) -> type[Any]:
     if found:
         raise AttunementError(f"method: {name!r} is ambiguous: {', '.join(sorted(found))}")
     names = [word for full in _registry for word in (full, full.partition("/")[2])]
+    called = [full for full, cls in _registry.items() if name.casefold() in (cls.__name__.casefold(), full)]
+    hint = f"; nearest: {called[0]!r}" if called else nearest(name, names)
     raise AttunementError(
-        f"method: there is no {name!r}{nearest(name, names)}; a method of your own is known once its module is imported"
+        f"method: there is no {name!r}{hint}; a method of your own is known once its module is imported"
     )
 
 

@@ -25,6 +25,9 @@ from attunement.compare.trial import Outcome
     [
         ([], "expected one of STUDY.yaml, --model with --data, and --demo; got none of them"),
         (["--demo", "--model", "x"], "got several of them"),
+        (["--demo", "--methods", "lorra"], "--methods goes with --model and --data; the demo has its own"),
+        (["study.yaml", "--task", "regression"], "--task goes with --model and --data; study.yaml has its own"),
+        (["--model", "m", "--data", "d.csv", "--methods", "LoRA"], "there is no 'LoRA'; nearest: 'low_rank/lora'"),
         (["--model", "x"], "compare: --data is missing"),
         (["nowhere.yaml"], "there is no study file 'nowhere.yaml'"),
         (["--demo", "--on", "rey"], "--on must be one of local, ray, got 'rey'; nearest: 'ray'"),
@@ -40,11 +43,14 @@ def test_a_refusal_is_one_sentence(attune: Any, arguments: list[str], sentence: 
 
 def test_a_study_from_the_command_line(attune: Any, tmp_path: Path, bert: Path, no_pictures: None) -> None:
     values = plain(tmp_path, bert, search={"trials": 1, "spread": 1}, seeds=1)
+    values["methods"] = [{"method": "lora", "rank": 500, "as": "wide"}, *values["methods"]]
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(values))
     code, said, errors = attune("compare", file)
     assert code == 0, errors
     assert "7/7" in said
+    assert ": wide: adapt: LoRA" in said
+    assert "with one seed nothing can be said of the differences" in said
     assert "the arena itself added" in said
     assert str(tmp_path / "study" / "report.html") in said
     code, said, _ = attune("compare", file)

@@ -43,6 +43,7 @@ def test_methods_are_named_expanded_and_labelled(tiny: Any) -> None:
         ({"serch": {}}, "unknown key 'serch'.*nearest: 'search'"),
         ({"search": {"low": 1.0, "high": 0.1}}, "search.low must be less than search.high, got 1 and 0.1"),
         ({"training": {"learning_rate": 1e-3}}, "learning_rate is what a study searches"),
+        ({"budget": "0s"}, "expected a length of time such as 90s, 30m or 2h, got '0s'"),
         ({"budget": "soon"}, "expected a length of time such as 90s, 30m or 2h, got 'soon'"),
         ({"name": "../up"}, "name must be 1 to 64 letters"),
         ({"tasks": {}}, "stands beside 'tasks'"),

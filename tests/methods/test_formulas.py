@@ -337,6 +337,7 @@ def test_takes_a_site(method: at.Method, W: Tensor) -> None:
         (at.LoRA, {"dropout": 1.0}, "LoRA: dropout must be less than 1"),
         (at.LoRA, {"alpha": -1}, "LoRA: alpha must be greater than 0"),
         (at.DoRA, {"dropout": 0.1}, "DoRA has no field 'dropout'"),
+        (at.LoRA, {"use_dora": True}, r"no field 'use_dora'.*that is `at\.DoRA`"),
         (at.LoRA, {"target_modules": ["q_proj"]}, r"no field 'target_modules'.*at\.adapt\(\.\.\., on=\.\.\.\)"),
         (at.VeRA, {"seed": -1}, "VeRA: seed must be greater than or equal to 0"),
         (at.Bottleneck, {"style": "holsby"}, "Bottleneck: style must be 'houlsby', 'pfeiffer'"),

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from attunement.compare.together import Team
 
 
+METHODS = "lora,ia3,bottleneck,lst"
+
+
 def compare(
     file: Annotated[Path | None, typer.Argument(metavar="[STUDY.yaml]", help="The study.")] = None,
     model: Annotated[str | None, typer.Option(help="A folder or a hub id, where there is no study file.")] = None,
@@ -35,7 +38,7 @@ def compare(
     task: Annotated[str, typer.Option(help="classification, regression, causal-lm or image-classification.")] = (
         "classification"
     ),
-    methods: Annotated[str, typer.Option(help="Names and globs: 'lora,vera,low_rank/*'.")] = "lora,ia3,bottleneck,lst",
+    methods: Annotated[str, typer.Option(help="Names and globs: 'lora,vera,low_rank/*'.")] = METHODS,
     budget: Annotated[str | None, typer.Option(help="90s, 30m, 2h: no further trial starts after it.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the study; by default that of the data file.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder; by default runs/compare/NAME.")] = None,
@@ -109,6 +112,10 @@ def _study(
         raise AttunementError(
             f"compare: expected one of STUDY.yaml, --model with --data, and --demo; got {said} of them"
         )
+    if not (model or data):
+        beside = {"methods": methods != METHODS, "task": task != "classification", "test": test, "name": name}
+        if wrong := next((option for option, given in beside.items() if given), None):
+            raise AttunementError(f"--{wrong} goes with --model and --data; {'the demo' if demo else file} has its own")
     if demo:
         return demonstration.study(out)
     if file is not None:
@@ -159,6 +166,7 @@ def run(console: Console, study: Study, on: str, workers: int | None, team: Team
             signal.signal(sent, handler)
     for said in tally.missing:
         console.print(Text(f"Not run: {said}", style="yellow"), soft_wrap=True)
+    found_out(console, study)
     if tally.busy:
         console.print(
             f"{tally.done} trials; {tally.busy:.0f} s of training and evaluating, {tally.measuring:.0f} s of measuring "
@@ -167,6 +175,23 @@ def run(console: Console, study: Study, on: str, workers: int | None, team: Team
             soft_wrap=True,
         )
     return tally
+
+
+def found_out(console: Console, study: Study) -> None:
+    """What could not be run at all, and the first finding of each task."""
+    from attunement.compare import records, table
+    from attunement.compare.findings import findings
+
+    if not (study.folder / records.TRIALS).is_file():
+        return
+    made = records.read(study.folder)
+    for one in made.trials:
+        if one.id.endswith("/refused"):
+            said = f"Refused on {one.task}: {one.label}: {one.error}"
+            console.print(Text(said, style="yellow"), soft_wrap=True)
+    for task, rows in table.rows(made).items():
+        for found in findings(made, rows)[:1]:
+            console.print(Text.assemble((f"{task}: ", "bold"), found.sentence), soft_wrap=True)
 
 
 class Display:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import socket
 import sqlite3
@@ -122,12 +123,14 @@ class Line:
     """One method on one task, in the database.
 
     Attributes:
-        cap: trials of its search, less than the study's where its budget was spent.
+        complete: whether nothing of it is left to run; rate: the one that its search has chosen, once that is over. Final
+            runs at another, from when a budget had cut the search, do not count.
     """
 
     def __init__(self, base: Database, task: str, entry: Entry, search: optuna.Study, final: optuna.Study):
         self.base, self.task, self.entry, self.search, self.final = base, task, entry, search, final
         self.complete = False
+        self.rate: float | None = None
         self._kept: list[Trial] | None = None
         self._facts: dict[str, Any] = {}
 
@@ -161,10 +164,16 @@ class Line:
                 if trial.state == TrialState.RUNNING and not _alive(trial):
                     _tell(study, trial, {"lost": True})
                     continue
-                if slot is None or trial.user_attrs.get("lost"):
+                if slot is None or self._void(stage, trial):
                     continue
                 found.setdefault(slot, trial)
             return found
+
+    def _void(self, stage: str, trial: FrozenTrial) -> bool:
+        """Whether a trial does not count."""
+        rate = trial.user_attrs.get("record", {}).get("rate")
+        other = stage == "final" and None not in (rate, self.rate) and not math.isclose(rate, self.rate or 0.0)
+        return other or bool(trial.user_attrs.get("lost"))
 
     def open(self, stage: str) -> bool:
         """Whether somebody is about to say which slot of a stage they claim."""
@@ -181,7 +190,7 @@ class Line:
             trial = study.ask()
             trial.set_user_attr("claim", {"slot": slot} | _owner())
             for other in study.get_trials(deepcopy=False):
-                if other.number >= trial.number or other.user_attrs.get("lost"):
+                if other.number >= trial.number or self._void(stage, other):
                     continue
                 working = other.state == TrialState.RUNNING and _alive(other)
                 if _slot(other) == slot and (working or other.state.is_finished()):

@@ -101,7 +101,7 @@ class Engine:
         self.written = -1
         budget = seconds(study.budget)
         self.deadline = None if budget is None else time.monotonic() + budget
-        if self.deadline is None and self.base.head.user_attrs.get("cap") is not None:
+        if self.base.head.user_attrs.get("cap") and self.base.head.user_attrs.get("capped") != study.budget:
             self.base.remember("cap", None)  # more time was given
 
     # --- what comes next ---
@@ -148,7 +148,8 @@ class Engine:
             if len(done) < cap:
                 following = next(slot for slot in range(cap) if slot not in slots or slot not in done)
                 return "search", [] if following in slots or line.open("search") else [following]
-            if best_rate(line, cap) is None:
+            line.rate = best_rate(line, cap)
+            if line.rate is None:
                 return None, []
         slots = line.slots("final")
         if sum(one.state.is_finished() for slot, one in slots.items() if slot < self.study.seeds) == self.study.seeds:
@@ -170,6 +171,7 @@ class Engine:
             finals = self.study.seeds * sum(mean.values())
             turn = sum(value or typical for value in mean.values())
             if left < finals + turn:
+                self.base.remember("capped", self.study.budget)
                 self.base.remember("cap", job.slot)
                 return self.cap() > job.slot
         return False

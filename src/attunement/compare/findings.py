@@ -106,9 +106,10 @@ def _against_full(full: Row, others: Sequence[Row]) -> Finding:
     better, worse = [row for row in told if not below(row)], [row for row in told if below(row)]
     same = len(compared) - len(better) - len(worse)
     named = f" ({listed([row.label for row in better], 3)})" if better else ""
+    ends = "is worse" if len(worse) == 1 else "are worse"
     sentence = (
         f"At {with_interval(full, 'quality')}: {len(better) or 'none'} of {len(compared)} methods "
-        f"{'is' if len(better) == 1 else 'are'} better{named}, {same} cannot be told from it, {len(worse)} are worse."
+        f"{'is' if len(better) == 1 else 'are'} better{named}, {same} cannot be told from it, {len(worse)} {ends}."
     )
     answer = f"{len(better)} better, {len(worse)} worse"
     return Finding("Against full fine-tuning", answer, sentence, (full.label,))

@@ -264,7 +264,8 @@ def _show(study: Study, called: str, task: str, limits: Mapping[str, float], fou
             )
         )
         console.print(Padding(Text(one.reason), (0, 0, 0, 3)))
-        console.print(Padding(Text(one.recipe.rstrip() or "no recipe", style="green"), (1, 0, 0, 3)), soft_wrap=True)
+        text = "\n".join(f"   {line}" for line in (one.recipe.rstrip() or "no recipe").splitlines())
+        console.print(Text(f"\n{text}", style="green"), soft_wrap=True)  # whole lines, which can be copied
     if left := _left_out(study, task):
         said = f"\nWithout a result on every task, and so not compared here: {', '.join(left)}; --task asks about one."
         console.print(Text(said, style="dim"), soft_wrap=True)

@@ -318,10 +318,9 @@ def seconds(text: str | float | None) -> float | None:
         return None
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     found = re.findall(r"(\d+(?:\.\d+)?)\s*([smhd])", str(text))
-    if re.fullmatch(r"(?:\d+(?:\.\d+)?\s*[smhd]\s*)+", str(text).strip()):
-        return sum(float(count) * units[unit] for count, unit in found)
     try:
-        value = float(text)
+        whole = re.fullmatch(r"(?:\d+(?:\.\d+)?\s*[smhd]\s*)+", str(text).strip())
+        value = sum(float(count) * units[unit] for count, unit in found) if whole else float(text)
     except ValueError:
         value = -1.0
     if value <= 0:
