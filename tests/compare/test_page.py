@@ -264,12 +264,15 @@ def test_a_chart_is_one_stop_of_tab_and_arrows_walk_its_marks(show: Show) -> Non
 def test_focus_can_be_seen(show: Show) -> None:
     browser = show()
     body = ActionChains(browser)
-    for _ in range(12):
+    for _ in range(16):
         body.send_keys(Keys.TAB).perform()
         here = browser.switch_to.active_element
         if here.get_attribute("name") == "task":  # drawn on the text beside the radio button
             here = here.find_element(By.XPATH, "following-sibling::span")
-        style, width = here.value_of_css_property("outline-style"), here.value_of_css_property("outline-width")
+        drawn = "outline-style", "outline-width"
+        if "mark" in (here.get_attribute("class") or "").split():  # drawn as a ring around the mark
+            here, drawn = here.find_element(By.CLASS_NAME, "ring"), ("stroke", "stroke-width")
+        style, width = map(here.value_of_css_property, drawn)
         assert style != "none", here.get_attribute("outerHTML")[:100]
         assert float(width.removesuffix("px")) >= 2
 
