@@ -11,6 +11,7 @@ from torch import nn
 from attunement.anatomy import CONTAINER, Anatomy, Place
 from attunement.attention import AttentionPart, attention_site
 from attunement.errors import AttunementError
+from attunement.fields import misfit
 from attunement.heads import introduce
 from attunement.method import Method, is_additive, weight_form
 from attunement.method import method as method_named
@@ -97,7 +98,7 @@ def _group(
         if isinstance(made, Site):
             if not explicit and any(made.name == name or made.name.startswith(f"{name}.") for name in heads):
                 continue  # a task head is trained as a whole
-            reason = method.refuse(made) or passed_over(structure.model, method, made)
+            reason = misfit(method, made) or passed_over(structure.model, method, made)
             if reason is None:
                 sites[id(made.module), made.slot] = made
                 continue

@@ -82,7 +82,8 @@ class Method:
     source: ClassVar[str] = ""
     """Address of the paper or the reference code, set by `register`."""
     placement: ClassVar[Any] = "*"
-    """The published placement, used when `adapt` is given no `on`: a selection."""
+    """The published placement, used when `adapt` is given no `on`: a selection, as `register` sets it; a place of its own
+    choosing, such as a function, is set in the class."""
     cannot: ClassVar[Mapping[str, str]] = {}
     """What the method cannot do, and why: `{"merge": "its output is not linear in its input"}`. Kept true by tests."""
     needs: ClassVar[Sequence[str | Need]] = ()
@@ -117,7 +118,10 @@ class Method:
         return {}
 
     def refuse(self, site: Site) -> str | None:
-        """Why this site cannot be taken, as the end of a sentence (`rank 64 is larger than ...`), or None."""
+        """Why this site cannot be taken, as the end of a sentence (`it stands in no block`), or None.
+
+        What a field's type says, as `attunement.fields.Rank` does, has been checked before.
+        """
         return None
 
     def form(self, site: Site) -> str:
@@ -260,8 +264,13 @@ C = TypeVar("C", bound=type)
 
 
 @dataclass_transform(frozen_default=True)
-def register(name: str, *, source: str) -> Callable[[C], C]:
+def register(name: str, *, source: str, placement: str | None = None) -> Callable[[C], C]:
     """Make a class a method: fields validated and frozen, listed under `family/name`, readable from files.
+
+    Args:
+        name: `family/name`.
+        source: address of the paper or the reference code.
+        placement: the published one, a selection, used when `adapt` is given no `on`; None is what the class says itself.
 
     Raises `AttunementError` where the name is not `family/name`, is taken, or the class has no expression.
     """
@@ -284,6 +293,8 @@ def register(name: str, *, source: str) -> Callable[[C], C]:
                 raise AttunementError(f"register: nothing calls {cls.__name__}.{own}; did you mean {meant[0]!r}?")
         made: Any = validated(frozen=True, config=ConfigDict(extra="forbid", arbitrary_types_allowed=True))(cls)
         made.name, made.source = name, source
+        if placement is not None:
+            made.placement = placement
         _say_plainly(made)
         _registry[name] = made
         return made  # type: ignore[no-any-return]

@@ -25,6 +25,7 @@ from attunement.adapting import attach, build, check_name
 from attunement.anatomy import CONTAINER, Anatomy, Place, RowView, anatomy, walk
 from attunement.choosing import passed_over, site_of
 from attunement.errors import AttunementError, nearest
+from attunement.fields import misfit
 from attunement.method import Method, method_from
 from attunement.part import Group
 from attunement.site import Site, whole
@@ -359,7 +360,7 @@ def _site(model: nn.Module, method: Method, said: Mapping[str, Any], structure: 
         made = site_of(structure() if method.partners else None, method, place)
     if isinstance(made, str):
         raise AttunementError(f"load: {said['name']}.{said['parameter'] or method.acts_on}: {made}")
-    if (reason := method.refuse(made) or passed_over(model, method, made)) is not None:
+    if (reason := misfit(method, made) or passed_over(model, method, made)) is not None:
         raise AttunementError(f"load: {type(method).__name__} cannot act on {made.key}: {reason}")
     return made
 

@@ -58,7 +58,7 @@ def test_is_the_product_of_the_authors_code(inputs: int, b: int, levels: int, sc
     ("inputs", "fields", "words"),
     [
         (12, {"block_size": 3, "levels": 2}, "no halves"),
-        (12, {"block_size": 8}, "do not fill its 12 inputs; the nearest size that does is 6"),
+        (12, {"block_size": 8}, "does not divide its 12 inputs; the nearest that does is 6"),
         (24, {"block_size": 4, "levels": 3}, "the most are 2"),
     ],
 )

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attunement as at
+from attunement.fields import misfit
 from attunement.method import product, tagged
 
 OUT, IN, WIDTH = 6, 4, 5
@@ -322,12 +323,12 @@ def test_train_replaces_a_parameter_or_its_rows(W: Tensor) -> None:
     ],
 )
 def test_refuses_a_site(method: at.Method, here: dict[str, Any], words: str, W: Tensor) -> None:
-    assert words in str(method.refuse(site(W, **here)))
+    assert words in str(misfit(method, site(W, **here)))
 
 
 @pytest.mark.parametrize("method", MATRIX_METHODS, ids=repr)
 def test_takes_a_site(method: at.Method, W: Tensor) -> None:
-    assert method.refuse(site(W)) is None
+    assert misfit(method, site(W)) is None
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,9 @@ def test_a_stack_is_one_merge_after_the_other() -> None:
 
 @pytest.mark.parametrize(("inputs", "nearest"), [(12, 6), (7, 7), (10, 10)])
 def test_names_the_nearest_block_size(inputs: int, nearest: int) -> None:
-    with pytest.raises(at.AttunementError, match=rf"blocks of 8 do not fill its {inputs} inputs; .* is {nearest}$"):
+    with pytest.raises(
+        at.AttunementError, match=rf"block_size 8 does not divide its {inputs} inputs; .* is {nearest}$"
+    ):
         at.adapt(nn.Sequential(nn.Linear(inputs, 3)), at.OFT(block_size=8), on="0")
 
 

@@ -152,14 +152,15 @@ def test_randlora_reaches_full_rank_with_few_numbers() -> None:
     ("method", "words"),
     [
         (at.LoHa(rank=9), "the largest is 8"),
-        (at.MiSS(rank=2, shared_rows=5), "12 rows are no multiple of 5"),
-        (at.Bone(block_size=8), "no tiles of 8 x 8"),
-        (at.C3A(block_size=8), "no tiles of 8 x 8"),
-        (at.FourierFT(frequencies=97), "has 96 entries"),
-        (at.GraLoRA(rank=4, tiles=3), "3 does not divide the rank 4"),
-        (at.VBLoRA(vector_length=8), "no multiples of 8"),
-        (at.VBLoRA(vectors=2, vector_length=4, topk=3), "3 of 2 vectors"),
-        (at.RoAd(group_size=8), "no groups of 8"),
+        (at.MiSS(rank=2, shared_rows=5), "shared_rows 5 does not divide its 12 rows; the nearest that does is 4"),
+        (at.Bone(block_size=8), "block_size 8 does not divide 12 x 8; the nearest that does is 4"),
+        (at.C3A(block_size=3), "block_size 3 does not divide 12 x 8; the nearest that does is 2"),
+        (at.FourierFT(frequencies=97), "frequencies 97 is larger than its 96 entries; the most is 96"),
+        (at.GraLoRA(rank=4, tiles=3), "tiles 3 does not divide 12 x 8; the nearest that does is 2"),
+        (at.GraLoRA(rank=3, tiles=2), "tiles 2 does not divide the rank 3; the nearest rank is 2"),
+        (at.VBLoRA(vector_length=8), "vector_length 8 does not divide 12 x 8; the nearest that does is 4"),
+        (at.VBLoRA(vectors=2, vector_length=4, topk=3), "3 of 2 vectors cannot be chosen; the most is 2"),
+        (at.RoAd(group_size=8), "group_size 8 does not divide its 12 outputs; the nearest that does is 6"),
     ],
 )
 def test_what_does_not_fit_is_refused(method: at.Method, words: str) -> None:

@@ -269,7 +269,7 @@ def test_as_lora_ties_the_most_alike() -> None:
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        (at.MoS(rank=4, shards=5), "5 shards do not divide 12 x 8; the nearest that do are 4"),
+        (at.MoS(rank=4, shards=5), "shards 5 does not divide 12 x 8; the nearest that does is 4"),
         (at.MoS(rank=4, budget=2, private=2), "private=2 leaves nothing to share of a budget of 2; the most is 1"),
         (at.AdaMSS(rank=4, subspaces=13), "its 12 rows make no 13 clusters; the most is 12"),
         *(

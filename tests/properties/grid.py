@@ -32,6 +32,7 @@ from toy_model import LAYERS, TIED
 
 import attunement as at
 from attunement.choosing import sites_of
+from attunement.fields import misfit
 from attunement.method import methods
 from attunement.site import Site
 
@@ -81,6 +82,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "low_rank/int21": [{"bits": 3, "columns": 2}],
     "low_rank/nora": [{"inner_rank": 2}],
     "low_rank/peanut": [{"depth": 2, "activation": "silu"}],
+    "low_rank/poly": [{"splits": 2, "alpha": 3.0}],
     "low_rank/pissa": [{"exact": True, "alpha": 3.0}],
     "orthogonal/psoft": [{"terms": 5, "magnitudes": False}],
     "low_rank/lora": [{"rank_stabilised": True, "alpha": 5.0}],
@@ -119,11 +121,11 @@ class Sample:
         if self.spotted:
             return any(isinstance(site, Site) and self._fits(site) for site in self._sites(name))
         sites = [site for site in self._sites(name) if isinstance(site, Site)]
-        return not sites or any(self.method.refuse(site) is None for site in sites)
+        return not sites or any(misfit(self.method, site) is None for site in sites)
 
     def _fits(self, site: Site) -> bool:
         with contextlib.suppress(at.AttunementError):  # it may find out by building that it cannot
-            return self.method.refuse(site) is None and self.method.build(site) is not None
+            return misfit(self.method, site) is None and self.method.build(site) is not None
         return False
 
     def _sites(self, name: str) -> list[Any]:
@@ -133,7 +135,7 @@ class Sample:
 
     def refuses_inside(self, name: str) -> bool:
         """Whether the method itself refuses a matrix of a sublayer, such as one whose input nobody sees."""
-        return any(isinstance(site, Site) and self.method.refuse(site) is not None for site in self._sites(name))
+        return any(isinstance(site, Site) and misfit(self.method, site) is not None for site in self._sites(name))
 
     def _kind_takes(self, name: str) -> bool:
         method, layer = self.method, PLACES[name]

@@ -36,11 +36,3 @@ def turn(Q: Tensor, terms: int | None = None) -> Tensor:
 def turned(v: Tensor, turns: Tensor) -> Tensor:
     """v (..., n, b), each of its n parts times its R, given R - I (n, b, b), or one for all parts (1, b, b)."""
     return v + torch.einsum("...nb,nbc->...nc", v, turns.to(v.dtype).expand(v.shape[-2], -1, -1))
-
-
-def indivisible(inputs: int, size: int) -> str | None:
-    """Why blocks of a size do not fill the inputs, or None."""
-    if inputs % size == 0:
-        return None
-    nearest = min((d for d in range(2, inputs + 1) if inputs % d == 0), key=lambda d: abs(d - size), default=inputs)
-    return f"blocks of {size} do not fill its {inputs} inputs; the nearest size that does is {nearest}"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from attunement.errors import AttunementError
+from attunement.fields import Fits
 from attunement.method import Method, Tensors, fixed, seeded
 from attunement.site import Site
 from attunement.statistics import Statistics
@@ -28,10 +30,14 @@ def at_random(size: int, count: int, seed: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count].clone()
 
 
-def too_few(site: Site, count: int) -> str | None:
+def too_many(name: str, count: int, site: Site) -> str | None:
     """Why a matrix has not as many entries, as the end of a sentence, or None."""
     size = site.outputs * site.inputs
-    return None if count <= size else f"it has {size} entries, fewer than {count} frequencies"
+    return None if count <= size else f"{name} {count} is larger than its {size} entries; the most is {size}"
+
+
+Frequencies = Annotated[PositiveInt, Fits(too_many)]
+"""How many entries of a matrix's spectrum are trained."""
 
 
 def integer(size: int) -> torch.dtype:

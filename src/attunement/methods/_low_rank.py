@@ -1,11 +1,9 @@
-"""What methods of limited rank share: their scale, a change from a start, and when a matrix is too small for them."""
+"""What methods of limited rank share: their scale, and a change from a start."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from attunement.site import Site
 
 
 def scale(rank: int, alpha: float | None, rank_stabilised: bool) -> Tensor:
@@ -16,11 +14,3 @@ def scale(rank: int, alpha: float | None, rank_stabilised: bool) -> Tensor:
 def moved(B: Tensor, A: Tensor, B0: Tensor, A0: Tensor, *between: Tensor) -> tuple[Tensor, ...]:
     """B A - B0 A0 as factors (out, 2 r), (2 r, in), exactly zero where both are as they were; `between` are scales."""
     return torch.cat([B, B - B0], dim=-1), *between, torch.cat([A - A0, A0], dim=-2)
-
-
-def too_large(rank: int, site: Site) -> str | None:
-    """Why a rank does not fit a matrix (out, in), or None: above min(out, in) a product B A only costs more."""
-    largest = min(site.outputs, site.inputs)
-    if rank <= largest:
-        return None
-    return f"rank {rank} is larger than a {site.outputs} x {site.inputs} matrix has; the largest is {largest}"

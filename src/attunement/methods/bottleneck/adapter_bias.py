@@ -1,9 +1,5 @@
 """AdapterBias: one shift for all tokens, each with its own weight."""
 
-from __future__ import annotations
-
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +8,7 @@ from attunement.method import Tensors, WeightMethod, kaiming, register
 from attunement.site import Site
 
 
-@register("bottleneck/adapter_bias", source="https://arxiv.org/abs/2205.00305")
+@register("bottleneck/adapter_bias", source="https://arxiv.org/abs/2205.00305", placement="mlp.down")
 class AdapterBias(WeightMethod):
     """AdapterBias: y' = y + (x w + b) v, w (in,), b (1,) and v (out,); x (..., in) is what enters the layer.
 
@@ -23,8 +19,6 @@ class AdapterBias(WeightMethod):
     these and the others. They add the shift behind the dropout that follows the layer in training, here it goes through it.
     Their option of one w and b for all layers is left out.
     """
-
-    placement: ClassVar[str] = "mlp.down"
 
     def tensors(self, site: Site) -> Tensors:
         return {

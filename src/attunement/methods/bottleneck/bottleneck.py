@@ -1,7 +1,5 @@
 """Bottleneck adapters: small two-layer networks behind or beside the sublayers of a transformer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """HyperFormer: bottleneck adapters that one small network makes for every task, layer and place."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -15,7 +13,7 @@ from attunement.method import OutputMethod, Tensors, fixed, register
 from attunement.site import Site
 
 
-@register("bottleneck/hyperformer", source="https://arxiv.org/abs/2106.04489")
+@register("bottleneck/hyperformer", source="https://arxiv.org/abs/2106.04489", placement="self_attention|mlp")
 class HyperFormer(OutputMethod):
     """HyperFormer++: y' = y + LN_t(U gelu(D y + d) + u), with D, d, U, u and the scale and shift of LN_t made from e.
 
@@ -35,7 +33,6 @@ class HyperFormer(OutputMethod):
     change is small and not zero.
     """
 
-    placement: ClassVar[str] = "self_attention|mlp"
     cannot: ClassVar[Mapping[str, str]] = {
         "identity": "the network that makes its matrices starts small, not at zero",
         "merge": "its output is not linear in its input",

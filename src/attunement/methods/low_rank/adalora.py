@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
+from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, fixed, register, running, seeded
-from attunement.methods._low_rank import too_large
 from attunement.methods._schedule import after_backward, average, orthogonality, span
 from attunement.site import Site, put, whole
 
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 Decay = Annotated[float, Field(gt=0, lt=1)]
 
 
-@register("low_rank/adalora", source="https://arxiv.org/abs/2303.10512")
+@register(
+    "low_rank/adalora",
+    source="https://arxiv.org/abs/2303.10512",
+    placement="attention.{query,key,value,output}|mlp.{up,down}",
+)
 class AdaLoRA(WeightMethod):
     """Adaptive budget allocation: W' = W + s B diag(mask * E) A, with B (out, r), E (r,), A (r, in), s = alpha / r.
 
@@ -52,12 +56,10 @@ class AdaLoRA(WeightMethod):
     has the final budget, also with final=0.
     """
 
-    placement: ClassVar[str] = "attention.{query,key,value,output}|mlp.{up,down}"
-
-    rank: PositiveInt = 8
+    rank: Rank = 8
     initial_rank: PositiveInt | None = None
     alpha: PositiveFloat | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
     orthogonality: NonNegativeFloat = 0.1
     warmup: NonNegativeFloat = 0.1
     final: NonNegativeFloat = 0.5
@@ -79,9 +81,6 @@ class AdaLoRA(WeightMethod):
     def ranks(self) -> int:
         """How many triplets a matrix has at first, if it is large enough."""
         return math.ceil(1.5 * self.rank) if self.initial_rank is None else self.initial_rank
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def shared(self, sites: list[Site]) -> Tensors:
         matrices = sum(math.prod(site.batch) for site in sites)

@@ -1,7 +1,5 @@
 """AdaMSS: the rows of a weight in clusters, each with a low-rank change in the weight's own subspace."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -11,12 +9,16 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from attunement.errors import AttunementError
+from attunement.fields import Rank
 from attunement.method import Tagged, Tensors, WeightMethod, fixed, register, seeded
-from attunement.methods._low_rank import too_large
 from attunement.site import Site
 
 
-@register("low_rank/adamss", source="https://github.com/huggingface/peft/tree/main/src/peft/tuners/adamss")
+@register(
+    "low_rank/adamss",
+    source="https://github.com/huggingface/peft/tree/main/src/peft/tuners/adamss",
+    placement="attention.{query,value}",
+)
 class AdaMSS(WeightMethod):
     """Adaptive multi-subspaces: row o of the change is B_o A_k V, k the cluster of that row; V (rank, in) frozen.
 
@@ -35,10 +37,9 @@ class AdaMSS(WeightMethod):
     adaptive allocation, which freezes the least important subspaces, is left out.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
     cannot: ClassVar[Mapping[str, str]] = {"meta": "it clusters the rows of the weight, which has no values yet"}
 
-    rank: PositiveInt = 100
+    rank: Rank = 100
     subspaces: PositiveInt = 5
     subspace_rank: PositiveInt = 1
     seed: NonNegativeInt = 0
@@ -64,7 +65,7 @@ class AdaMSS(WeightMethod):
     def refuse(self, site: Site) -> str | None:
         if self.subspaces > site.outputs:
             return f"its {site.outputs} rows make no {self.subspaces} clusters; the most is {site.outputs}"
-        return too_large(self.rank, site)
+        return None
 
     def factors(
         self, _: Tensor, A: Tensor, B: Tensor, V: Tensor, rows: Tensor, shift: Tensor | None = None

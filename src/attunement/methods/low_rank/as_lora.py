@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, fixed, kaiming, register
-from attunement.methods._low_rank import scale, too_large
+from attunement.methods._low_rank import scale
 from attunement.methods._schedule import span
 from attunement.methods._sharing import copies, kinds, lot, nth, role, written
 from attunement.site import Site, put, whole
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from attunement.part import Part
 
 
-@register("low_rank/as_lora", source="https://arxiv.org/abs/2412.10135")
+@register("low_rank/as_lora", source="https://arxiv.org/abs/2412.10135", placement="attention.{query,value}")
 class ASLoRA(WeightMethod):
     """Adaptive sharing LoRA: W' = W + (alpha / rank) B A, one A (rank, in) for all layers, B (out, rank) tied bit by bit.
 
@@ -39,15 +40,13 @@ class ASLoRA(WeightMethod):
     nobody uses any more stays in the bank as zeros.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
-
-    rank: PositiveInt = 8
+    rank: Rank = 8
     left: PositiveInt = 4
     warmup: NonNegativeFloat = 0.1
     final: NonNegativeFloat = 0.5
     total_steps: PositiveInt | None = None
     alpha: PositiveFloat | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
 
     def shared(self, sites: list[Site]) -> Tensors:
         made: dict[str, Tensor] = {}
@@ -63,9 +62,6 @@ class ASLoRA(WeightMethod):
             "kind": written(place.kind),
             "scale": fixed(scale(self.rank, self.alpha, False)),  # ()
         }
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def factors(self, _: Tensor, uses: Tensor, kind: Tensor, scale: Tensor, **shared: Tensor) -> tuple[Tensor, ...]:
         bank = shared[f"B{kind.shape[1]}"]

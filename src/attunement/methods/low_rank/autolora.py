@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor
 
 from attunement.errors import AttunementError
+from attunement.fields import Dropout, Rank
 from attunement.method import Method, Tensors, WeightMethod, fixed, kaiming, register, running
-from attunement.methods._low_rank import scale, too_large
+from attunement.methods._low_rank import scale
 from attunement.methods._schedule import agreed
 from attunement.methods.low_rank.lora import LoRA
 from attunement.site import Site
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from attunement.part import Part
 
 
-@register("low_rank/autolora", source="https://arxiv.org/abs/2403.09113")
+@register("low_rank/autolora", source="https://arxiv.org/abs/2403.09113", placement="attention.{query,value}")
 class AutoLoRA(WeightMethod):
     """Meta-learned ranks: W' = W + (alpha / rank) B diag(softmax(a)) A; a (rank,) is learned on data that A and B never see.
 
@@ -42,12 +43,10 @@ class AutoLoRA(WeightMethod):
     How far the second stream has come is for the objective to keep when a run is resumed.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
-
-    rank: PositiveInt = 8
+    rank: Rank = 8
     alpha: PositiveFloat = 16.0
     lr: PositiveFloat = 3e-4
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
 
     def tensors(self, site: Site) -> Tensors:
         return {
@@ -58,9 +57,6 @@ class AutoLoRA(WeightMethod):
             "square": running(torch.zeros(self.rank)),  # (rank,)
             "scale": fixed(scale(self.rank, self.alpha, rank_stabilised=False)),  # ()
         }
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def factors(self, _: Tensor, A: Tensor, B: Tensor, a: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         return B, scale, a.softmax(-1), A  # (out, rank), (), (rank,), (rank, in)

@@ -1,7 +1,5 @@
 """CoLoRA: LoRA of a larger rank where a matrix contributes more to what is learned."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -15,7 +13,7 @@ from attunement.site import Site
 from attunement.statistics import Statistics
 
 
-@register("low_rank/colora", source="https://arxiv.org/abs/2408.01099")
+@register("low_rank/colora", source="https://arxiv.org/abs/2408.01099", placement="attention.*|mlp.*|conv")
 class CoLoRA(LoRA):
     """Contribution-based LoRA: W' = W + s B A, with the ranks of all sites together shared out by their contributions.
 
@@ -35,7 +33,6 @@ class CoLoRA(LoRA):
     images (PROD) is a way to make data, and not here. What is saved are LoRAs of the ranks that were chosen.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*|conv"
     needs: ClassVar[tuple[str, ...]] = ("gradient",)
     cannot: ClassVar[Mapping[str, str]] = {"meta": "its ranks are chosen by data, which cannot run through it"}
 

@@ -1,19 +1,18 @@
 """ConvLoRA: a low-rank change of a convolution, whose rows are split by the height of its window."""
 
-from __future__ import annotations
-
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, fixed, kaiming, register
-from attunement.methods._low_rank import scale, too_large
+from attunement.methods._low_rank import scale
 from attunement.site import Site
 
 
-@register("low_rank/conv_lora", source="https://arxiv.org/abs/2402.04964")
+@register("low_rank/conv_lora", source="https://arxiv.org/abs/2402.04964", placement="conv")
 class ConvLoRA(WeightMethod):
     """W' = W + (alpha / rank) reshape(B A), with B (k out, k rank) and A (k rank, in / k), k the height of the window.
 
@@ -31,14 +30,9 @@ class ConvLoRA(WeightMethod):
     groups have no reference: loralib's own shapes fail there.
     """
 
-    placement: ClassVar[str] = "conv"
-
-    rank: PositiveInt = 2
+    rank: Rank = 2
     alpha: PositiveFloat | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
+    dropout: Dropout = 0.0
 
     def tensors(self, site: Site) -> Tensors:
         k = _height(site)

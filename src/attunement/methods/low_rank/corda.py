@@ -1,22 +1,20 @@
 """CorDA: low-rank adapters that start from the directions of a weight that data use most, or least."""
 
-from __future__ import annotations
-
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from attunement.errors import AttunementError
+from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, fixed, register
-from attunement.methods._low_rank import moved, too_large
+from attunement.methods._low_rank import moved
 from attunement.site import Site
 from attunement.statistics import Statistics, out_of_sight
 from attunement.subspace import singular
 
 
-@register("low_rank/corda", source="https://arxiv.org/abs/2406.05223")
+@register("low_rank/corda", source="https://arxiv.org/abs/2406.05223", placement="attention.*|mlp.*")
 class CorDA(WeightMethod):
     """Context-oriented decomposition adaptation: W' = W - B0 A0 + B A, with B (out, rank), A (rank, in).
 
@@ -37,13 +35,12 @@ class CorDA(WeightMethod):
     files. In rounding, W' - W is taken as B (A - A0) + (B - B0) A0, so that small changes are not lost.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*"
     needs: ClassVar[tuple[str, ...]] = ("covariance",)
     cannot: ClassVar[dict[str, str]] = {"meta": "it starts from data, which cannot run through a model without values"}
 
-    rank: PositiveInt = 128
+    rank: Rank = 128
     mode: Literal["ipm", "kpm"] = "ipm"
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
 
     def tensors(self, site: Site) -> Tensors:
         return self._from(torch.zeros(site.outputs, self.rank), torch.zeros(self.rank, site.inputs))
@@ -72,7 +69,7 @@ class CorDA(WeightMethod):
         return {"A": A, "B": B, "A0": fixed(A.clone()), "B0": fixed(B.clone())}  # (rank, in), (out, rank)
 
     def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site) or out_of_sight(site)
+        return out_of_sight(site)
 
     def factors(self, _: Tensor, A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, ...]:
         return moved(B, A, B0, A0)  # (out, 2 rank), (2 rank, in)

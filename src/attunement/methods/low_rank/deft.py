@@ -1,20 +1,18 @@
 """DEFT: what a weight does in a few directions of its outputs is taken out, and something learned put in."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, register
-from attunement.methods._low_rank import too_large
 from attunement.site import Site
 
 
-@register("low_rank/deft", source="https://arxiv.org/abs/2509.22793")
+@register("low_rank/deft", source="https://arxiv.org/abs/2509.22793", placement="attention.*|mlp.*")
 class DEFT(WeightMethod):
     """Decompositional efficient fine-tuning: W' = W - Q S^T W + s Q R, with P (out, rank) and R (rank, in) trained.
 
@@ -28,12 +26,10 @@ class DEFT(WeightMethod):
     with signs as a decomposition gives them, Q R would jump where an entry of P passes zero.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*"
-
-    rank: PositiveInt = 8
+    rank: Rank = 8
     decomposition: Literal["relu", "qr"] = "relu"
     alpha: PositiveFloat | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
     para: bool = False
 
     @property
@@ -44,9 +40,6 @@ class DEFT(WeightMethod):
         W = site.weight  # (out, in)
         P = 0.02 * torch.randn(site.outputs, self.rank).to(W)  # (out, rank)
         return {"P": P} if self.para else {"P": P, "R": self._directions(P)[1].mT @ W / self._scale}
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     @property
     def _scale(self) -> float:

@@ -1,19 +1,15 @@
 """DeLoRA: a low-rank change whose strength is learned apart from its directions."""
 
-from __future__ import annotations
-
-from typing import ClassVar
-
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Rank
 from attunement.method import Tensors, WeightMethod, fixed, kaiming, register
-from attunement.methods._low_rank import too_large
 from attunement.site import Site
 
 
-@register("low_rank/delora", source="https://arxiv.org/abs/2503.18225")
+@register("low_rank/delora", source="https://arxiv.org/abs/2503.18225", placement="attention.{query,value}")
 class DeLoRA(WeightMethod):
     """Decoupled low-rank adaptation: W' = W + (strength / rank) B diag(1 / (||B_i|| ||A_i||)) A diag(norms).
 
@@ -28,9 +24,7 @@ class DeLoRA(WeightMethod):
     subtracts a frozen copy of both.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
-
-    rank: PositiveInt = 8
+    rank: Rank = 8
     strength: PositiveFloat = 15.0
 
     def tensors(self, site: Site) -> Tensors:
@@ -40,9 +34,6 @@ class DeLoRA(WeightMethod):
             "strength": torch.full((1,), self.strength),  # (1,)
             "norms": fixed(torch.linalg.vector_norm(site.weight, dim=0)),  # (in,)
         }
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def factors(self, _: Tensor, A: Tensor, B: Tensor, strength: Tensor, norms: Tensor) -> tuple[Tensor, ...]:
         sizes = torch.linalg.vector_norm(A, dim=1).clamp_min(1e-4) * torch.linalg.vector_norm(B, dim=0).clamp_min(1e-4)

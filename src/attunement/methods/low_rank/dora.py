@@ -1,20 +1,21 @@
 """DoRA: LoRA on the directions of a weight, with its magnitudes learned apart."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Rank
 from attunement.method import Tensors, WeightMethod, fixed, kaiming, register
-from attunement.methods._low_rank import scale, too_large
+from attunement.methods._low_rank import scale
 from attunement.site import Site
 
 
-@register("low_rank/dora", source="https://arxiv.org/abs/2402.09353")
+@register(
+    "low_rank/dora", source="https://arxiv.org/abs/2402.09353", placement="attention.{query,key,value}|mlp.{up,down}"
+)
 class DoRA(WeightMethod):
     """Weight-decomposed low-rank adaptation: W' = magnitude * V / ||V||, V = W + (alpha / rank) B A.
 
@@ -28,10 +29,9 @@ class DoRA(WeightMethod):
     No dropout: W' is not additive, and a dropped x would reach the base weight.
     """
 
-    placement: ClassVar[str] = "attention.{query,key,value}|mlp.{up,down}"
     cannot: ClassVar[Mapping[str, str]] = {"gradcheck": "the norm is a constant for its gradient"}
 
-    rank: PositiveInt = 8
+    rank: Rank = 8
     alpha: PositiveFloat | None = None
     rank_stabilised: bool = False
     lora_plus: PositiveFloat = 1.0
@@ -43,9 +43,6 @@ class DoRA(WeightMethod):
             "magnitude": torch.linalg.vector_norm(site.weight, dim=-1),  # (out,)
             "scale": fixed(scale(self.rank, self.alpha, self.rank_stabilised)),  # ()
         }
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def rates(self) -> Mapping[str, Mapping[str, float]]:
         return {"B": {"lr": self.lora_plus}} if self.lora_plus != 1 else {}

@@ -9,13 +9,14 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from attunement.fields import Share
 from attunement.method import Method, Tensors, register
 from attunement.methods.low_rank.lora import LoRA
 from attunement.site import Site
 from attunement.statistics import Components, Statistics, out_of_sight
 
 
-@register("low_rank/eva", source="https://arxiv.org/abs/2410.07170")
+@register("low_rank/eva", source="https://arxiv.org/abs/2410.07170", placement="attention.*|mlp.*")
 class EVA(LoRA):
     """Explained variance adaptation: W' = W + (alpha / rank) B A, A (rank, in) the principal components of the inputs.
 
@@ -39,13 +40,12 @@ class EVA(LoRA):
     data are gone through once.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*"
     cannot: ClassVar[dict[str, str]] = {"meta": "it starts from data, which cannot run through a model without values"}
 
     rank: PositiveInt = 16
     alpha: PositiveFloat | None = 1.0
     rho: Annotated[float, Field(ge=1)] = 2.0
-    tau: Annotated[float, Field(gt=0, le=1)] = 0.99
+    tau: Share = 0.99
     whiten: bool = False
     keep_scale: bool = False
 

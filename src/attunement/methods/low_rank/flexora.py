@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from attunement.errors import AttunementError
+from attunement.fields import Dropout, Rank
 from attunement.method import Method, Tensors, WeightMethod, fixed, kaiming, register, running
-from attunement.methods._low_rank import scale, too_large
+from attunement.methods._low_rank import scale
 from attunement.methods._schedule import agreed
 from attunement.methods.low_rank.lora import LoRA
 from attunement.site import Site
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from attunement.part import Part
 
 
-@register("low_rank/flexora", source="https://arxiv.org/abs/2408.10774")
+@register("low_rank/flexora", source="https://arxiv.org/abs/2408.10774", placement="attention.{query,value}")
 class Flexora(WeightMethod):
     """Flexible LoRA: W' = W + g_l (alpha / rank) B A, with g = L softmax(h), h (L,) one number for each of L layers.
 
@@ -39,11 +40,9 @@ class Flexora(WeightMethod):
     multiplies what enters the dropout, A and B, so the change by g^3; here once, as the gate of a layer is described.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
-
-    rank: PositiveInt = 8
+    rank: Rank = 8
     alpha: PositiveFloat | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
     lr: PositiveFloat = 0.01
     batches: PositiveInt = 8
 
@@ -58,9 +57,6 @@ class Flexora(WeightMethod):
             "layer": fixed(torch.tensor([_layers(site.among or [site]).index(_layer(site))])),  # (1,)
             "scale": fixed(scale(self.rank, self.alpha, rank_stabilised=False)),  # ()
         }
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def factors(self, _: Tensor, A: Tensor, B: Tensor, h: Tensor, layer: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         gate = len(h) * h.softmax(-1).index_select(0, layer)  # (1,)

@@ -1,19 +1,17 @@
 """GLoRA: scales and shifts of a weight and of its bias, each of its own shape."""
 
-from __future__ import annotations
-
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from attunement.fields import too_large
 from attunement.method import Tagged, Tensors, WeightMethod, kaiming, register, seeded
-from attunement.methods._low_rank import too_large
 from attunement.site import Site
 
 
-@register("low_rank/glora", source="https://arxiv.org/abs/2306.07967")
+@register("low_rank/glora", source="https://arxiv.org/abs/2306.07967", placement="attention.*|mlp.*")
 class GLoRA(WeightMethod):
     """Generalised LoRA: W' = W + W * A + B and b' = b + b * D + E + W C, products * of entries, W C of matrices.
 
@@ -28,8 +26,6 @@ class GLoRA(WeightMethod):
     step, and search the best by evolution; a recipe names one shape for each matrix here. W in W C is the base's,
     whatever else acts on it: where C is, a copy of W is held beside it, and not stored.
     """
-
-    placement: ClassVar[str] = "attention.*|mlp.*"
 
     rank: PositiveInt = 8
     weights: Literal["lora", "vector", "constant", "none"] = "lora"
@@ -51,7 +47,7 @@ class GLoRA(WeightMethod):
     def refuse(self, site: Site) -> str | None:
         if self.weights == "none" and (not _has_bias(site) or self.coupling == self.shifts == "none"):
             return "nothing is left to train there"
-        return too_large(self.rank, site) if self.weights == "lora" else None
+        return too_large("rank", self.rank, site) if self.weights == "lora" else None
 
     def delta(self, W: Tensor, **t: Tensor) -> Tensor:
         A, B = _value("A", t), _value("B", t)

@@ -1,19 +1,15 @@
 """GraLoRA: a weight cut in tiles, each with a low-rank change of its own."""
 
-from __future__ import annotations
-
-from typing import Annotated, ClassVar
-
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Dropout, Rank, Tile
 from attunement.method import Tagged, Tensors, WeightMethod, fixed, kaiming, register
-from attunement.methods._low_rank import too_large
 from attunement.site import Site
 
 
-@register("low_rank/gralora", source="https://arxiv.org/abs/2505.20355")
+@register("low_rank/gralora", source="https://arxiv.org/abs/2505.20355", placement="attention.*|mlp.*")
 class GraLoRA(WeightMethod):
     """Granular LoRA: tile (j, n) of k x k tiles changes by alpha / (rank + hybrid_rank) (A_n[:, s_j] B_j[s_n])^T.
 
@@ -29,13 +25,11 @@ class GraLoRA(WeightMethod):
     Start: A uniform in ±1/sqrt(in / k), B zero.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*"
-
-    rank: PositiveInt = 32
-    tiles: PositiveInt = 2
+    rank: Rank = 32
+    tiles: Tile = 2
     alpha: PositiveFloat | None = None
     hybrid_rank: NonNegativeInt = 0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
 
     def tensors(self, site: Site) -> Tensors:
         k, r, h = self.tiles, self.rank, self.hybrid_rank
@@ -49,9 +43,12 @@ class GraLoRA(WeightMethod):
         return made
 
     def refuse(self, site: Site) -> str | None:
-        if self.rank % self.tiles or site.outputs % self.tiles or site.inputs % self.tiles:
-            return f"{self.tiles} does not divide the rank {self.rank} and both of {site.outputs} x {site.inputs}"
-        return too_large(self.rank, site)
+        fit = self.rank // self.tiles * self.tiles or self.tiles
+        return (
+            f"tiles {self.tiles} does not divide the rank {self.rank}; the nearest rank is {fit}"
+            if self.rank % self.tiles
+            else None
+        )
 
     def delta(
         self,

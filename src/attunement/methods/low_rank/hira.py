@@ -1,19 +1,16 @@
 """HiRA: a low-rank factor on every entry of a weight, which gives a change of the weight's own rank."""
 
-from __future__ import annotations
-
-from typing import Annotated, ClassVar
-
 import torch
-from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, kaiming, register
-from attunement.methods._low_rank import too_large
 from attunement.site import Site
 
 
-@register("low_rank/hira", source="https://github.com/hqsiswiliam/hira")
+@register(
+    "low_rank/hira", source="https://github.com/hqsiswiliam/hira", placement="attention.{query,key,value}|mlp.{up,down}"
+)
 class HiRA(WeightMethod):
     """Hadamard high-rank adaptation: W' = W * (1 + B A), entry by entry, with B (out, rank) and A (rank, in).
 
@@ -25,16 +22,11 @@ class HiRA(WeightMethod):
     defaults and placement are those of its code.
     """
 
-    placement: ClassVar[str] = "attention.{query,key,value}|mlp.{up,down}"
-
-    rank: PositiveInt = 32
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rank: Rank = 32
+    dropout: Dropout = 0.0
 
     def tensors(self, site: Site) -> Tensors:
         return {"A": kaiming(self.rank, site.inputs), "B": torch.zeros(site.outputs, self.rank)}
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def delta(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return W * (B @ A)  # (out, in)

@@ -1,20 +1,17 @@
 """Hydra: a low-rank branch beside the weight and one behind it."""
 
-from __future__ import annotations
-
 import math
-from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, fixed, register
-from attunement.methods._low_rank import too_large
 from attunement.site import Site
 
 
-@register("low_rank/hydra", source="https://arxiv.org/abs/2309.06922")
+@register("low_rank/hydra", source="https://arxiv.org/abs/2309.06922", placement="attention.output|mlp.down")
 class Hydra(WeightMethod):
     """Multi-head low-rank adaptation: y' = y + s (B A x + D C y) for y = W x + b.
 
@@ -30,11 +27,9 @@ class Hydra(WeightMethod):
     code have biases, which come to one shift of y; the formula of the paper has none, and nor has this.
     """
 
-    placement: ClassVar[str] = "attention.output|mlp.down"
-
-    rank: PositiveInt = 2
+    rank: Rank = 2
     scale: PositiveFloat = 1.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
 
     def tensors(self, site: Site) -> Tensors:
         return {
@@ -44,9 +39,6 @@ class Hydra(WeightMethod):
             "D": torch.zeros(site.outputs, self.rank),  # (out, rank)
             "s": fixed(torch.tensor(self.scale)),  # ()
         }
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def factors(self, W: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         return torch.cat([B, D], dim=-1), s, torch.cat([A, C @ W], dim=-2)  # (out, 2 rank), (), (2 rank, in)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -12,8 +12,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from attunement.errors import AttunementError
+from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, fixed, register, running, seeded
-from attunement.methods._low_rank import too_large
 from attunement.methods._schedule import agreed, average, orthogonality, span
 from attunement.site import Site, put, whole
 
@@ -25,7 +25,11 @@ Decay = Annotated[float, Field(gt=0, lt=1)]
 ADVANCE = 1e-5  # the value of a direction in reserve
 
 
-@register("low_rank/increlora", source="https://arxiv.org/abs/2308.12043")
+@register(
+    "low_rank/increlora",
+    source="https://arxiv.org/abs/2308.12043",
+    placement="attention.{query,key,value,output}|mlp.{up,down}",
+)
 class IncreLoRA(WeightMethod):
     """Incremental parameter allocation: W' = W + D, D = s B diag(live * E + spare) A, s = alpha / (number of live ranks).
 
@@ -55,13 +59,11 @@ class IncreLoRA(WeightMethod):
     D is formed as a matrix, as there: its importance needs the gradient of every entry.
     """
 
-    placement: ClassVar[str] = "attention.{query,key,value,output}|mlp.{up,down}"
-
-    rank: PositiveInt = 2
+    rank: Rank = 2
     initial_rank: PositiveInt = 1
     max_rank: PositiveInt | None = None
     alpha: PositiveFloat | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
     grow: PositiveInt | None = None
     top: PositiveInt = 4
     warmup: NonNegativeFloat = 0.1
@@ -89,9 +91,6 @@ class IncreLoRA(WeightMethod):
 
     def _most(self, site: Site) -> int:
         return min(self.max_rank or 4 * self.rank, site.outputs, site.inputs)
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def shared(self, sites: list[Site]) -> Tensors:
         matrices = sum(math.prod(site.batch) for site in sites)

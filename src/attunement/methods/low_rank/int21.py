@@ -1,7 +1,5 @@
 """INT2.1: a weight in few bits, and a low-rank correction of what that loses."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
@@ -9,13 +7,14 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from attunement.fields import Rank
 from attunement.method import Tensors, WeightMethod, fixed, register
-from attunement.methods._low_rank import scale, too_large
+from attunement.methods._low_rank import scale
 from attunement.site import Site
 from attunement.subspace import singular
 
 
-@register("low_rank/int21", source="https://arxiv.org/abs/2306.08162")
+@register("low_rank/int21", source="https://arxiv.org/abs/2306.08162", placement="attention.*|mlp.*")
 class INT21(WeightMethod):
     """Low-rank error correction: W' = Q(W) + (alpha / rank) B A, Q rounding to 2^bits values, B (out, rank), A (rank, in).
 
@@ -32,14 +31,13 @@ class INT21(WeightMethod):
     quantised model will give, it saves no memory. Over a base that bitsandbytes has packed the correction is `LoRA`.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*"
     cannot: ClassVar[Mapping[str, str]] = {
         "identity": "the weight is rounded to a few values, of which it corrects a part"
     }
 
     bits: Annotated[int, Field(ge=1, le=8)] = 2
     columns: PositiveInt | None = None
-    rank: PositiveInt = 16
+    rank: Rank = 16
     alpha: PositiveFloat | None = None
 
     def tensors(self, site: Site) -> Tensors:
@@ -61,7 +59,7 @@ class INT21(WeightMethod):
             sizes = [d for d in range(1, site.inputs + 1) if site.inputs % d == 0]
             nearest = min(sizes, key=lambda d: abs(d - size))
             return f"groups of {size} columns do not fill its {site.inputs} inputs; the nearest size is {nearest}"
-        return "its weight is quantised already; use LoRA" if site.layout.beside_only else too_large(self.rank, site)
+        return "its weight is quantised already; use LoRA" if site.layout.beside_only else None
 
     def delta(self, W: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
         return self.error(W) + scale * (B @ A)  # (out, in)

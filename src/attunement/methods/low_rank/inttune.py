@@ -1,18 +1,15 @@
 """IntTune: the middle matrix of NLoRA alone."""
 
-from __future__ import annotations
-
-from typing import ClassVar
-
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Rank
 from attunement.method import Tensors, WeightMethod, fixed, register, seeded
-from attunement.methods._low_rank import scale, too_large
+from attunement.methods._low_rank import scale
 from attunement.site import Site
 
 
-@register("low_rank/inttune", source="https://arxiv.org/abs/2502.14482")
+@register("low_rank/inttune", source="https://arxiv.org/abs/2502.14482", placement="attention.*|mlp.*")
 class IntTune(WeightMethod):
     """Intermediate tuning: W' = W + (alpha / rank) B0 (N - N0) A0, trained N (rank, rank).
 
@@ -27,9 +24,7 @@ class IntTune(WeightMethod):
     read again from the base at load, not stored.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*"
-
-    rank: PositiveInt = 128
+    rank: Rank = 128
     alpha: PositiveFloat | None = None
 
     def tensors(self, site: Site) -> Tensors:
@@ -41,9 +36,6 @@ class IntTune(WeightMethod):
             "A0": seeded(W[:r].clone()),  # (rank, in)
             "scale": fixed(scale(r, self.alpha, rank_stabilised=False)),  # ()
         }
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def factors(self, _: Tensor, N: Tensor, N0: Tensor, B0: Tensor, A0: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         return B0, scale, N - N0, A0

@@ -1,21 +1,20 @@
 """KaSA: trained singular values, in place of the smallest ones of the weight."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Rank
 from attunement.method import Tensors, WeightMethod, fixed, kaiming, register, seeded
-from attunement.methods._low_rank import scale, too_large
+from attunement.methods._low_rank import scale
 from attunement.site import Site
 from attunement.subspace import smallest
 
 
-@register("low_rank/kasa", source="https://arxiv.org/abs/2412.06071")
+@register("low_rank/kasa", source="https://arxiv.org/abs/2412.06071", placement="attention.{query,value}")
 class KaSA(WeightMethod):
     """Knowledge-aware singular-value adaptation: W' = W - N + (alpha / rank) B diag(d) A, N the `rank` smallest triplets of W.
 
@@ -32,10 +31,9 @@ class KaSA(WeightMethod):
     No dropout: their scripts have none, and here it would bring N back.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
     cannot: ClassVar[Mapping[str, str]] = {"identity": "the smallest singular values of the weight are left out"}
 
-    rank: PositiveInt = 8
+    rank: Rank = 8
     alpha: PositiveFloat | None = 16.0
     beta: NonNegativeFloat = 1e-4
     gamma: NonNegativeFloat = 1e-3
@@ -50,9 +48,6 @@ class KaSA(WeightMethod):
             "right": seeded(right),  # (rank, in)
             "scale": fixed(scale(self.rank, self.alpha, rank_stabilised=False)),  # ()
         }
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def factors(
         self, _: Tensor, A: Tensor, B: Tensor, d: Tensor, left: Tensor, right: Tensor, scale: Tensor

@@ -1,7 +1,5 @@
 """Lily: layers that compress their input with factors of their own and expand it with a mixture of shared ones."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -10,13 +8,13 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from attunement.fields import Rank
 from attunement.method import OutputMethod, Tensors, kaiming, register
-from attunement.methods._low_rank import too_large
 from attunement.methods._sharing import kinds, lot, role, written
 from attunement.site import Site
 
 
-@register("low_rank/lily", source="https://arxiv.org/abs/2407.09946")
+@register("low_rank/lily", source="https://arxiv.org/abs/2407.09946", placement="attention.{query,value}")
 class Lily(OutputMethod):
     """Low-rank interconnected adaptation: y' = y + scaling (sum_e p_e B_e)^T h, h = A x, p the mean of softmax(router h).
 
@@ -30,7 +28,6 @@ class Lily(OutputMethod):
     Start: A and router uniform in ±1/sqrt(last size), B zero. The authors' code was not read: this is PEFT's formula.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
     cannot: ClassVar[Mapping[str, str]] = {
         "merge": "which B it takes depends on the batch",
         "rows": "its mixture is that of all rows of a batch together",
@@ -38,7 +35,7 @@ class Lily(OutputMethod):
         "fsdp": "each process mixes for its own part of the batch",
     }
 
-    rank: PositiveInt = 32
+    rank: Rank = 32
     stride: PositiveInt = 1
     experts: PositiveInt = 2
     scaling: PositiveFloat = 1.0
@@ -55,9 +52,6 @@ class Lily(OutputMethod):
         place = lot(site, role)
         numbers = {"kind": written(place.kind), "block": written(place.before // self.stride)}
         return {"router": kaiming(self.experts, self.rank), **numbers}  # (experts, rank)
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def output(self, x: Tensor, y: Tensor, router: Tensor, kind: Tensor, block: Tensor, **shared: Tensor) -> Tensor:
         k = kind.shape[1]

@@ -1,19 +1,16 @@
 """LoHa: two low-rank products, multiplied entry by entry, so that small factors reach a large rank."""
 
-from __future__ import annotations
-
-from typing import ClassVar
-
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Rank
 from attunement.method import Tensors, WeightMethod, fixed, kaiming, register
-from attunement.methods._low_rank import scale, too_large
+from attunement.methods._low_rank import scale
 from attunement.site import Site
 
 
-@register("low_rank/loha", source="https://arxiv.org/abs/2108.06098")
+@register("low_rank/loha", source="https://arxiv.org/abs/2108.06098", placement="attention.*|mlp.*")
 class LoHa(WeightMethod):
     """Low-rank Hadamard product (FedPara): W' = W + (alpha / rank) (B1 A1) * (B2 A2), B (out, rank), A (rank, in).
 
@@ -27,9 +24,7 @@ class LoHa(WeightMethod):
     convolution is its matrix here, as by default there. So are their dropouts of ranks and modules.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*"
-
-    rank: PositiveInt = 8
+    rank: Rank = 8
     alpha: PositiveFloat | None = None
 
     def tensors(self, site: Site) -> Tensors:
@@ -41,9 +36,6 @@ class LoHa(WeightMethod):
             "A2": torch.zeros(r, inputs),
             "scale": fixed(scale(r, self.alpha, False)),  # ()
         }
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def delta(self, _W: Tensor, B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor, scale: Tensor) -> Tensor:
         return scale * (B1 @ A1) * (B2 @ A2)  # (out, in)

@@ -1,9 +1,6 @@
 """LoKr: a change that is the Kronecker product of a small matrix and one of low rank."""
 
-from __future__ import annotations
-
 import math
-from typing import ClassVar
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -24,7 +21,7 @@ def divisors(size: int, factor: int | None) -> tuple[int, int]:
     return first, size // first
 
 
-@register("low_rank/lokr", source="https://arxiv.org/abs/2309.14859")
+@register("low_rank/lokr", source="https://arxiv.org/abs/2309.14859", placement="attention.*|mlp.*")
 class LoKr(WeightMethod):
     """Low-rank Kronecker product (LyCORIS): W' = W + (alpha / rank) C ⊗ D, C (l, m), D (k, n), l k = out, m n = in.
 
@@ -39,8 +36,6 @@ class LoKr(WeightMethod):
     1 where neither is a product, where PEFT keeps alpha / rank. Factors for each kernel position of a convolution, and
     dropouts of ranks and modules, are left out.
     """
-
-    placement: ClassVar[str] = "attention.*|mlp.*"
 
     rank: PositiveInt = 8
     alpha: PositiveFloat | None = None

@@ -1,20 +1,18 @@
 """LoRA, with its rank-stabilised scale and LoRA+'s two learning rates."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, fixed, kaiming, register
-from attunement.methods._low_rank import scale, too_large
+from attunement.methods._low_rank import scale
 from attunement.site import Site
 
 
-@register("low_rank/lora", source="https://arxiv.org/abs/2106.09685")
+@register("low_rank/lora", source="https://arxiv.org/abs/2106.09685", placement="attention.{query,value}")
 class LoRA(WeightMethod):
     """Low-rank adaptation: W' = W + (alpha / rank) B A, with B (out, rank) and A (rank, in).
 
@@ -29,12 +27,10 @@ class LoRA(WeightMethod):
     An embedding is a matrix of one-hot inputs here and starts as any other; loralib starts it with A = 0 and B normal.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
-
-    rank: PositiveInt = 8
+    rank: Rank = 8
     alpha: PositiveFloat | None = None
     rank_stabilised: bool = False
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
     lora_plus: PositiveFloat = 1.0
 
     def tensors(self, site: Site) -> Tensors:
@@ -43,9 +39,6 @@ class LoRA(WeightMethod):
             "B": torch.zeros(site.outputs, self.rank),  # (out, rank)
             "scale": fixed(scale(self.rank, self.alpha, self.rank_stabilised)),  # ()
         }
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def rates(self) -> Mapping[str, Mapping[str, float]]:
         return {"B": {"lr": self.lora_plus}} if self.lora_plus != 1 else {}

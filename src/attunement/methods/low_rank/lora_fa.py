@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, fixed, kaiming, register, seeded
-from attunement.methods._low_rank import scale, too_large
+from attunement.methods._low_rank import scale
 from attunement.methods._sharing import own
 from attunement.site import Site
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from attunement.part import Part
 
 
-@register("low_rank/lora_fa", source="https://arxiv.org/abs/2308.03303")
+@register("low_rank/lora_fa", source="https://arxiv.org/abs/2308.03303", placement="attention.{query,value}")
 class LoRAFA(WeightMethod):
     """LoRA with A frozen: W' = W + s B A, s = alpha / rank, where B (out, rank) alone is trained; A (rank, in).
 
@@ -34,12 +35,10 @@ class LoRAFA(WeightMethod):
     that of a LoRA, and is read as one.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
-
-    rank: PositiveInt = 8
+    rank: Rank = 8
     alpha: PositiveFloat | None = None
     rank_stabilised: bool = False
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
     corrected: bool = True
     seed: NonNegativeInt = 0
 
@@ -49,9 +48,6 @@ class LoRAFA(WeightMethod):
             "B": torch.zeros(site.outputs, self.rank),  # (out, rank)
             "scale": fixed(scale(self.rank, self.alpha, self.rank_stabilised)),  # ()
         }
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def factors(self, _: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         return B, scale, A  # (out, rank), (), (rank, in)

@@ -1,22 +1,21 @@
 """LoRA-GA: LoRA whose first step is the best that its rank can do towards the gradient of the whole weight."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor
 
 from attunement.errors import AttunementError
+from attunement.fields import Rank
 from attunement.method import Tensors, WeightMethod, fixed, register
-from attunement.methods._low_rank import moved, scale, too_large
+from attunement.methods._low_rank import moved, scale
 from attunement.site import Site
 from attunement.statistics import Statistics
 from attunement.subspace import singular
 
 
-@register("low_rank/lora_ga", source="https://arxiv.org/abs/2407.05000")
+@register("low_rank/lora_ga", source="https://arxiv.org/abs/2407.05000", placement="attention.*|mlp.*")
 class LoRAGA(WeightMethod):
     """LoRA with gradient approximation: W' = W + s (B A - B0 A0), s = alpha / rank, with B (out, rank), A (rank, in).
 
@@ -33,11 +32,10 @@ class LoRAGA(WeightMethod):
     by nothing. B0 and A0 depend on data: they are saved, twice the size of LoRA's files. The authors take B0 A0 out of W.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*"
     needs: ClassVar[tuple[str, ...]] = ("gradient",)
     cannot: ClassVar[dict[str, str]] = {"meta": "it starts from data, which cannot run through a model without values"}
 
-    rank: PositiveInt = 8
+    rank: Rank = 8
     alpha: PositiveFloat | None = 16.0
     rank_stabilised: bool = False
     gamma: PositiveFloat = 16.0
@@ -58,9 +56,6 @@ class LoRAGA(WeightMethod):
     def _from(self, B: Tensor, A: Tensor) -> Tensors:
         s = scale(self.rank, self.alpha, self.rank_stabilised)
         return {"A": A, "B": B, "A0": fixed(A.clone()), "B0": fixed(B.clone()), "scale": fixed(s)}
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def factors(self, _: Tensor, A: Tensor, B: Tensor, A0: Tensor, B0: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         return moved(B, A, B0, A0, scale)  # (out, 2 rank), (), (2 rank, in)

@@ -1,20 +1,19 @@
 """LoRA-XS: a small matrix between frozen singular vectors of the weight."""
 
-from __future__ import annotations
-
-from typing import ClassVar
-
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Rank
 from attunement.method import Tensors, WeightMethod, fixed, register, seeded
-from attunement.methods._low_rank import scale, too_large
+from attunement.methods._low_rank import scale
 from attunement.site import Site
 from attunement.subspace import singular
 
 
-@register("low_rank/lora_xs", source="https://arxiv.org/abs/2405.17604")
+@register(
+    "low_rank/lora_xs", source="https://arxiv.org/abs/2405.17604", placement="attention.{query,value,output}|mlp.down"
+)
 class LoRAXS(WeightMethod):
     """LoRA with extremely small counts: W' = W + (alpha / rank) U R S V^T, trained R (rank, rank), W ~ U S V^T.
 
@@ -28,9 +27,7 @@ class LoRAXS(WeightMethod):
     vectors, in which R means another change.
     """
 
-    placement: ClassVar[str] = "attention.{query,value,output}|mlp.down"
-
-    rank: PositiveInt = 16
+    rank: Rank = 16
     alpha: PositiveFloat | None = 16.0
     exact: bool = False
 
@@ -42,9 +39,6 @@ class LoRAXS(WeightMethod):
             "SV": seeded(S[:, None] * Vh),  # (rank, in)
             "scale": fixed(scale(self.rank, self.alpha, rank_stabilised=False)),  # ()
         }
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def factors(self, _: Tensor, R: Tensor, U: Tensor, SV: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         return U, scale, R, SV  # (out, rank), (), (rank, rank), (rank, in)

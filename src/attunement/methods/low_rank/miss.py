@@ -1,19 +1,15 @@
 """MiSS: one small block, repeated over the columns of a weight."""
 
-from __future__ import annotations
-
-from typing import Annotated, ClassVar
-
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor
 
+from attunement.fields import Dropout, Rank, nearest_divisor
 from attunement.method import Tensors, WeightMethod, register, seeded
-from attunement.methods._low_rank import too_large
 from attunement.site import Site
 
 
-@register("low_rank/miss", source="https://arxiv.org/abs/2409.15371")
+@register("low_rank/miss", source="https://arxiv.org/abs/2409.15371", placement="attention.*|mlp.*")
 class MiSS(WeightMethod):
     """Matrix shard sharing (before: Bone): W'[o, i] = W[o, i] + D[i mod rank, o], with D (rank, out).
 
@@ -28,11 +24,9 @@ class MiSS(WeightMethod):
     multiplies W, is `Bone`.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*"
-
-    rank: PositiveInt = 64
+    rank: Rank = 64
     shared_rows: PositiveInt | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
 
     def tensors(self, site: Site) -> Tensors:
         times = -(-site.inputs // self.rank)
@@ -44,8 +38,9 @@ class MiSS(WeightMethod):
 
     def refuse(self, site: Site) -> str | None:
         if self.shared_rows is not None and site.outputs % self.shared_rows:
-            return f"its {site.outputs} rows are no multiple of {self.shared_rows}"
-        return too_large(self.rank, site)
+            fit = nearest_divisor(site.outputs, self.shared_rows)
+            return f"shared_rows {self.shared_rows} does not divide its {site.outputs} rows; the nearest that does is {fit}"
+        return None
 
     def factors(self, _: Tensor, D: Tensor, E: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         D = D if self.shared_rows is None else D.repeat(1, like.shape[1] // D.shape[1])

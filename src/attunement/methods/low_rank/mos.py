@@ -1,20 +1,17 @@
 """MoS: low-rank factors of all layers put together from shards of two global pools."""
 
-from __future__ import annotations
-
-from typing import Annotated, ClassVar
-
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from attunement.fields import Dropout, Rank, Tile
 from attunement.method import Tensors, WeightMethod, fixed, register, seeded
-from attunement.methods._low_rank import scale, too_large
+from attunement.methods._low_rank import scale
 from attunement.methods._sharing import copies, kinds, lot, nth, own, role, written
 from attunement.site import Site
 
 
-@register("low_rank/mos", source="https://arxiv.org/abs/2410.00938")
+@register("low_rank/mos", source="https://arxiv.org/abs/2410.00938", placement="attention.*|mlp.*")
 class MoS(WeightMethod):
     """Mixture of shards: W' = W + (alpha / rank) B A; each row of A and column of B is `shards` pieces one after another.
 
@@ -31,15 +28,13 @@ class MoS(WeightMethod):
     its code could be read, so that start, scale, how pieces are drawn and all defaults are not verified.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*"
-
-    rank: PositiveInt = 8
+    rank: Rank = 8
     budget: PositiveInt = 2
-    shards: PositiveInt = 2
+    shards: Tile = 2
     private: NonNegativeInt = 1
     alpha: PositiveFloat | None = None
     seed: NonNegativeInt = 0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
 
     def shared(self, sites: list[Site]) -> Tensors:
         made: dict[str, Tensor] = {}
@@ -66,10 +61,7 @@ class MoS(WeightMethod):
         if self.private > min(self.budget, self.rank) or self.private == self.budget < self.rank:
             most = min(self.budget - (self.budget < self.rank), self.rank)
             return f"private={self.private} leaves nothing to share of a budget of {self.budget}; the most is {most}"
-        if site.outputs % self.shards or site.inputs % self.shards:
-            both = (d for d in range(1, self.shards) if site.outputs % d == 0 and site.inputs % d == 0)
-            return f"{self.shards} shards do not divide {site.outputs} x {site.inputs}; the nearest that do are {max(both)}"
-        return too_large(self.rank, site)
+        return None
 
     def factors(
         self, _: Tensor, A_index: Tensor, B_index: Tensor, kind: Tensor, scale: Tensor, **shared: Tensor

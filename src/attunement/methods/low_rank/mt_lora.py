@@ -8,16 +8,16 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Rank
 from attunement.method import OutputMethod, Tensors, kaiming, register
-from attunement.methods._low_rank import too_large
 from attunement.site import Site
 from attunement.statistics import Statistics
 
 
-@register("low_rank/mt_lora", source="https://arxiv.org/abs/2403.20320")
+@register("low_rank/mt_lora", source="https://arxiv.org/abs/2403.20320", placement="attention.*|mlp.*")
 class MTLoRA(OutputMethod):
     """y' = y + scale B A x in all blocks but the last; y' = y + scale B_t A_t x there, for the task t of the batch.
 
@@ -39,19 +39,15 @@ class MTLoRA(OutputMethod):
     stack. They also train patch embedding, norms and position biases, which `Train` beside it does, and drop 5 % of x.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*"
     cannot: ClassVar[Mapping[str, str]] = {"merge": "it depends on the task"}
     asks: ClassVar[tuple[str, ...]] = ("task",)
 
     tasks: NonNegativeInt = 1
-    rank: PositiveInt = 64
-    task_rank: PositiveInt = 4
+    rank: Rank = 64
+    task_rank: Rank = 4
     scale: PositiveFloat = 4.0
     both: bool = False
     everywhere: bool = False
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(max(self.rank, self.task_rank), site)
 
     def plan(self, sites: Sequence[Site], statistics: Mapping[Site, Statistics]) -> Mapping[Site, MTLoRA]:
         last = {stack: max(s.block or 0 for s in sites if s.stack == stack) for stack in {s.stack for s in sites}}

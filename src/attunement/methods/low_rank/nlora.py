@@ -1,18 +1,15 @@
 """NLoRA: SLoRA that starts from blocks of the weight, as the Nyström method takes them."""
 
-from __future__ import annotations
-
-from typing import ClassVar
-
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Rank
 from attunement.method import Tensors, WeightMethod, fixed, register, seeded
-from attunement.methods._low_rank import moved, scale, too_large
+from attunement.methods._low_rank import moved, scale
 from attunement.site import Site
 
 
-@register("low_rank/nlora", source="https://arxiv.org/abs/2502.14482")
+@register("low_rank/nlora", source="https://arxiv.org/abs/2502.14482", placement="attention.*|mlp.*")
 class NLoRA(WeightMethod):
     """Nyström LoRA: W' = W + (alpha / rank) (B N A - B0 N0 A0), with B (out, rank), N (rank, rank), A (rank, in).
 
@@ -28,9 +25,7 @@ class NLoRA(WeightMethod):
     W + B0 N0 A0; here that is taken off, and the three are read again from the base at load, not stored.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*"
-
-    rank: PositiveInt = 8
+    rank: Rank = 8
     alpha: PositiveFloat | None = None
 
     def tensors(self, site: Site) -> Tensors:
@@ -38,9 +33,6 @@ class NLoRA(WeightMethod):
         B, N, A = W[:, :r].clone(), W[:r, :r].clone(), W[:r].clone()
         start = {"A0": seeded(A.clone()), "N0": seeded(N.clone()), "B0": seeded(B.clone())}
         return {"A": A, "N": N, "B": B, **start, "scale": fixed(scale(r, self.alpha, rank_stabilised=False))}
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def factors(
         self, _: Tensor, A: Tensor, N: Tensor, B: Tensor, A0: Tensor, N0: Tensor, B0: Tensor, scale: Tensor

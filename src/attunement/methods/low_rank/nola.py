@@ -1,20 +1,17 @@
 """NOLA: low-rank factors as mixtures of random matrices, of which only the coefficients are kept."""
 
-from __future__ import annotations
-
-from typing import Annotated, ClassVar
-
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, fixed, kaiming, register, seeded
-from attunement.methods._low_rank import scale, too_large
+from attunement.methods._low_rank import scale
 from attunement.methods._sharing import own, widest
 from attunement.site import Site
 
 
-@register("low_rank/nola", source="https://arxiv.org/abs/2310.02556")
+@register("low_rank/nola", source="https://arxiv.org/abs/2310.02556", placement="attention.{query,value}")
 class NOLA(WeightMethod):
     """Networks as linear combinations of random bases: W' = W + (alpha / rank) (sum_j b_j B_j) (A_0 + sum_i a_i A_i).
 
@@ -29,13 +26,11 @@ class NOLA(WeightMethod):
     that one needs, and are kept in memory; in the reference code each matrix has its own, drawn anew in every pass.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
-
-    rank: PositiveInt = 8
+    rank: Rank = 8
     bases: PositiveInt = 512
     alpha: PositiveFloat | None = None
     seed: NonNegativeInt = 0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
 
     def shared(self, sites: list[Site]) -> Tensors:
         out, inputs = widest(sites)
@@ -53,9 +48,6 @@ class NOLA(WeightMethod):
             "A0": seeded(kaiming(self.rank, site.inputs, generator=own(self.seed, site))),  # (rank, in)
             "scale": fixed(scale(self.rank, self.alpha, False)),  # ()
         }
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def factors(
         self, _W: Tensor, a: Tensor, b: Tensor, A0: Tensor, scale: Tensor, A: Tensor, B: Tensor

@@ -1,20 +1,16 @@
 """NoRA: a LoRA inside a LoRA whose factors come from the weight and stay."""
 
-from __future__ import annotations
-
-from typing import Annotated, ClassVar
-
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor
 
+from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, kaiming, register, seeded
-from attunement.methods._low_rank import too_large
 from attunement.site import Site
 from attunement.subspace import singular
 
 
-@register("low_rank/nora", source="https://arxiv.org/abs/2408.10280")
+@register("low_rank/nora", source="https://arxiv.org/abs/2408.10280", placement="attention.{query,value}")
 class NoRA(WeightMethod):
     """Nested low-rank adaptation: W' = W + U sqrt(S) (B A) sqrt(S) V^T, trained B (rank, inner), A (inner, rank).
 
@@ -31,11 +27,9 @@ class NoRA(WeightMethod):
     No code is public, and only the abstract was read: the split of S, the start of the inner LoRA and the ranks are ours.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
-
-    rank: PositiveInt = 32
+    rank: Rank = 32
     inner_rank: PositiveInt | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
     exact: bool = False
 
     def tensors(self, site: Site) -> Tensors:
@@ -51,7 +45,7 @@ class NoRA(WeightMethod):
     def refuse(self, site: Site) -> str | None:
         if self.inner_rank is not None and self.inner_rank > self.rank:
             return f"inner_rank {self.inner_rank} is larger than the rank {self.rank} around it; the largest is {self.rank}"
-        return too_large(self.rank, site)
+        return None
 
     def factors(self, _: Tensor, A: Tensor, B: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
         return left, B, A, right

@@ -1,19 +1,16 @@
 """OLoRA: LoRA that starts from the QR decomposition of the weight."""
 
-from __future__ import annotations
-
-from typing import ClassVar
-
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Rank
 from attunement.method import Tensors, WeightMethod, fixed, register, seeded
-from attunement.methods._low_rank import moved, scale, too_large
+from attunement.methods._low_rank import moved, scale
 from attunement.site import Site
 
 
-@register("low_rank/olora", source="https://arxiv.org/abs/2406.01775")
+@register("low_rank/olora", source="https://arxiv.org/abs/2406.01775", placement="attention.*|mlp.*")
 class OLoRA(WeightMethod):
     """Orthonormal LoRA: W' = W + s (B A - B0 A0), s = alpha / rank, with B (out, rank), A (rank, in).
 
@@ -29,9 +26,7 @@ class OLoRA(WeightMethod):
     is made positive, PEFT takes the signs as they come: B0 A0 is the same.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*"
-
-    rank: PositiveInt = 8
+    rank: Rank = 8
     alpha: PositiveFloat | None = None
     rank_stabilised: bool = False
 
@@ -42,9 +37,6 @@ class OLoRA(WeightMethod):
         A = B.mT @ W  # (rank, in)
         s = scale(self.rank, self.alpha, self.rank_stabilised)
         return {"A": A, "B": B, "A0": seeded(A.clone()), "B0": seeded(B.clone()), "scale": fixed(s)}
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def factors(self, _: Tensor, A: Tensor, B: Tensor, A0: Tensor, B0: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         return moved(B, A, B0, A0, scale)  # (out, 2 rank), (), (2 rank, in)

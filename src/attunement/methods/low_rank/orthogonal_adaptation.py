@@ -1,20 +1,17 @@
 """Orthogonal Adaptation: adapters that read disjoint directions of the input, so that their sum keeps each."""
 
-from __future__ import annotations
-
-from typing import Annotated, ClassVar
-
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, fixed, register, seeded
-from attunement.methods._low_rank import scale, too_large
+from attunement.methods._low_rank import scale
 from attunement.methods._sharing import kinds, lot, written
 from attunement.site import Site
 
 
-@register("low_rank/orthogonal_adaptation", source="https://arxiv.org/abs/2312.02432")
+@register("low_rank/orthogonal_adaptation", source="https://arxiv.org/abs/2312.02432", placement="attention.*")
 class OrthogonalAdaptation(WeightMethod):
     """Orthogonal adaptation: W' = W + (alpha / rank) B A, B (out, rank) trained, A (rank, in) frozen with orthonormal rows.
 
@@ -31,13 +28,11 @@ class OrthogonalAdaptation(WeightMethod):
     Start: B zero. In the paper A and B have each other's letters. Its text could be read in part only.
     """
 
-    placement: ClassVar[str] = "attention.*"
-
-    rank: PositiveInt = 16
+    rank: Rank = 16
     number: NonNegativeInt = 0
     seed: NonNegativeInt = 0
     alpha: PositiveFloat | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
 
     def shared(self, sites: list[Site]) -> Tensors:
         made = {}
@@ -61,7 +56,7 @@ class OrthogonalAdaptation(WeightMethod):
                 f"its {site.inputs} inputs have no {self.rank} rows of number {self.number}; the last number is "
                 + str(site.inputs // self.rank - 1)
             )
-        return too_large(self.rank, site)
+        return None
 
     def factors(self, _: Tensor, B: Tensor, kind: Tensor, scale: Tensor, **shared: Tensor) -> tuple[Tensor, ...]:
         return B, scale, shared[f"A{kind.shape[1]}"]  # (out, rank), (), (rank, in)

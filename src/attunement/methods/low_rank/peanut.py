@@ -1,20 +1,18 @@
 """PEANuT: a low-rank change that a small network makes of the weight itself."""
 
-from __future__ import annotations
-
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Rank
 from attunement.method import Tagged, Tensors, WeightMethod, fixed, kaiming, register
-from attunement.methods._low_rank import too_large
 from attunement.methods.bottleneck.bottleneck import ACTIVATIONS
 from attunement.site import Site
 
 
-@register("low_rank/peanut", source="https://arxiv.org/abs/2410.01870")
+@register("low_rank/peanut", source="https://arxiv.org/abs/2410.01870", placement="attention.{query,value}")
 class PEANuT(WeightMethod):
     """Weight-aware neural tweaking: W' = W + s B H, H = f(A W), with A (rank, out) and B (out, rank).
 
@@ -28,9 +26,7 @@ class PEANuT(WeightMethod):
     PEFT's; the authors' own code was not found. H is computed from W at every step, and nothing of it is stored.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
-
-    rank: PositiveInt = 32
+    rank: Rank = 32
     depth: NonNegativeInt = 0
     scale: PositiveFloat = 1.0
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
@@ -44,9 +40,6 @@ class PEANuT(WeightMethod):
         if self.depth:
             made |= {name: kaiming(self.depth, self.rank, self.rank) for name in ("E", "D")}  # (depth, rank, rank)
         return made
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def factors(
         self, W: Tensor, A: Tensor, B: Tensor, s: Tensor, E: Tensor | None = None, D: Tensor | None = None

@@ -1,20 +1,17 @@
 """PiSSA: LoRA that starts as the principal part of the weight, in place of that part."""
 
-from __future__ import annotations
-
-from typing import ClassVar
-
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Rank
 from attunement.method import Tensors, WeightMethod, fixed, register, seeded
-from attunement.methods._low_rank import moved, scale, too_large
+from attunement.methods._low_rank import moved, scale
 from attunement.site import Site
 from attunement.subspace import decomposed, first, singular
 
 
-@register("low_rank/pissa", source="https://arxiv.org/abs/2404.02948")
+@register("low_rank/pissa", source="https://arxiv.org/abs/2404.02948", placement="attention.*|mlp.*")
 class PiSSA(WeightMethod):
     """Principal singular values and vectors: W' = W + s (B A - B0 A0), s = alpha / rank, B (out, rank), A (rank, in).
 
@@ -33,9 +30,7 @@ class PiSSA(WeightMethod):
     the base differs, B0 A0 is another. No dropout: the authors use none, and here it would drop what is left of W too.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*"
-
-    rank: PositiveInt = 8
+    rank: Rank = 8
     alpha: PositiveFloat | None = None
     rank_stabilised: bool = False
     exact: bool = False
@@ -51,9 +46,6 @@ class PiSSA(WeightMethod):
         U, S, Vh = first(*decomposed(W, r), r) if self.exact else singular(W, r)
         root = torch.sqrt(S / s)  # (rank,)
         return U * root, root[:, None] * Vh
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def factors(self, _: Tensor, A: Tensor, B: Tensor, A0: Tensor, B0: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         return moved(B, A, B0, A0, scale)  # (out, 2 rank), (), (2 rank, in)

@@ -1,14 +1,13 @@
 """PVeRA: VeRA whose hidden values are drawn from a distribution that is learned, while it trains."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
+from attunement.fields import Dropout
 from attunement.method import Tensors, WeightMethod, fixed, register, seeded
 from attunement.methods._sharing import widest
 from attunement.site import Site
@@ -21,7 +20,7 @@ class Draw(nn.Module):
         return mean + torch.randn_like(mean) * (0.5 * logvar).exp() if self.training else mean
 
 
-@register("low_rank/pvera", source="https://arxiv.org/abs/2512.07703")
+@register("low_rank/pvera", source="https://arxiv.org/abs/2512.07703", placement="attention.{query,value}")
 class PVeRA(WeightMethod):
     """Probabilistic VeRA: y' = y + b * B h, with h the mean m of (m, l) = d * A x, and while training m + e exp(l / 2).
 
@@ -35,14 +34,13 @@ class PVeRA(WeightMethod):
     experts, and where it meets other changes of the weight, it trains on the mean. PEFT's `sample_at_inference` is left out.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
     cannot: ClassVar[Mapping[str, str]] = dict.fromkeys(("ddp", "fsdp"), "while training each process draws on its own")
 
     rank: PositiveInt = 256
     start: float = 0.1
     seed: NonNegativeInt = 0
     stored: bool = False
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
 
     def shared(self, sites: list[Site]) -> Tensors:
         generator, (out, inputs) = torch.Generator().manual_seed(self.seed), widest(sites)

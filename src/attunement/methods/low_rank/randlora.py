@@ -1,18 +1,15 @@
 """RandLoRA: a change of full rank from fixed random bases, of which only the scales are learned."""
 
-from __future__ import annotations
-
-from typing import Annotated, ClassVar
-
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from attunement.fields import Dropout
 from attunement.method import Tensors, WeightMethod, fixed, register, seeded
 from attunement.site import Site
 
 
-@register("low_rank/randlora", source="https://arxiv.org/abs/2502.00987")
+@register("low_rank/randlora", source="https://arxiv.org/abs/2502.00987", placement="attention.{query,value}")
 class RandLoRA(WeightMethod):
     """Random bases: W' = W + scale * sum over n bases of B_b diag(left_b) A diag(right_b), n = ceil(min / rank).
 
@@ -32,13 +29,11 @@ class RandLoRA(WeightMethod):
     Start: left zero, right 1 / max(n, min).
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
-
     rank: PositiveInt = 32
     scale: PositiveFloat = 20.0
     seed: NonNegativeInt = 0
     stored: bool = False
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
 
     def count(self, site: Site) -> int:
         """How many bases a matrix needs to reach its rank."""

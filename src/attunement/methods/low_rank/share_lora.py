@@ -1,20 +1,19 @@
 """ShareLoRA: LoRA whose factors are the same in all layers."""
 
-from __future__ import annotations
-
-from typing import Annotated, ClassVar, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, fixed, kaiming, register
-from attunement.methods._low_rank import scale, too_large
+from attunement.methods._low_rank import scale
 from attunement.methods._sharing import kinds, lot, role, written
 from attunement.site import Site
 
 
-@register("low_rank/share_lora", source="https://arxiv.org/abs/2406.10785")
+@register("low_rank/share_lora", source="https://arxiv.org/abs/2406.10785", placement="attention.{query,value}")
 class ShareLoRA(WeightMethod):
     """Shared LoRA: W' = W + (alpha / rank) B A, with one A (rank, in), one B (out, rank) or both for all layers.
 
@@ -27,13 +26,11 @@ class ShareLoRA(WeightMethod):
     Start: A uniform in ±1/sqrt(in), B zero.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
-
-    rank: PositiveInt = 8
+    rank: Rank = 8
     share: Literal["A", "B", "both"] = "A"
     alpha: PositiveFloat | None = None
     rank_stabilised: bool = False
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
 
     def shared(self, sites: list[Site]) -> Tensors:
         made: dict[str, Tensor] = {}
@@ -50,9 +47,6 @@ class ShareLoRA(WeightMethod):
             "kind": written(lot(site, role).kind),
             "scale": fixed(scale(self.rank, self.alpha, self.rank_stabilised)),
         }
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def factors(
         self, _: Tensor, kind: Tensor, scale: Tensor, A: Tensor | None = None, B: Tensor | None = None, **shared: Tensor

@@ -1,19 +1,16 @@
 """SLoRA: LoRA with a square matrix in the middle."""
 
-from __future__ import annotations
-
-from typing import Annotated, ClassVar
-
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, fixed, kaiming, register
-from attunement.methods._low_rank import scale, too_large
+from attunement.methods._low_rank import scale
 from attunement.site import Site
 
 
-@register("low_rank/slora", source="https://arxiv.org/abs/2502.14482")
+@register("low_rank/slora", source="https://arxiv.org/abs/2502.14482", placement="attention.*|mlp.*")
 class SLoRA(WeightMethod):
     """Structured LoRA: W' = W + (alpha / rank) B N A, with B (out, rank), N (rank, rank), A (rank, in), all trained.
 
@@ -25,11 +22,9 @@ class SLoRA(WeightMethod):
     Start: A uniform in ±1/sqrt(in), N in ±1/sqrt(rank), B zero, as in the authors' code.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*"
-
-    rank: PositiveInt = 8
+    rank: Rank = 8
     alpha: PositiveFloat | None = None
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
 
     def tensors(self, site: Site) -> Tensors:
         return {
@@ -38,9 +33,6 @@ class SLoRA(WeightMethod):
             "B": torch.zeros(site.outputs, self.rank),  # (out, rank)
             "scale": fixed(scale(self.rank, self.alpha, rank_stabilised=False)),  # ()
         }
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def factors(self, _: Tensor, A: Tensor, N: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         return B, scale, N, A

@@ -1,19 +1,14 @@
 """SVFit: the largest singular values of a weight, trained."""
 
-from __future__ import annotations
-
-from typing import ClassVar
-
-from pydantic import PositiveInt
 from torch import Tensor
 
+from attunement.fields import Rank
 from attunement.method import Tensors, WeightMethod, register, seeded
-from attunement.methods._low_rank import too_large
 from attunement.site import Site
 from attunement.subspace import singular
 
 
-@register("low_rank/svfit", source="https://arxiv.org/abs/2409.05926")
+@register("low_rank/svfit", source="https://arxiv.org/abs/2409.05926", placement="attention.{query,value}")
 class SVFit(WeightMethod):
     """Singular-value fine-tuning: W' = W + U diag(sigma - start) Vh, U (out, rank), Vh (rank, in), from the SVD of W.
 
@@ -29,9 +24,7 @@ class SVFit(WeightMethod):
     No public code was found for this paper; the formula is from its text, the placement from LoRA, which it follows.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
-
-    rank: PositiveInt | None = None
+    rank: Rank | None = None
 
     def tensors(self, site: Site) -> Tensors:
         U, sigma, Vh = singular(site.weight, self.rank or min(site.outputs, site.inputs))
@@ -41,9 +34,6 @@ class SVFit(WeightMethod):
             "U": seeded(U.contiguous()),  # (out, rank)
             "Vh": seeded(Vh.contiguous()),  # (rank, in)
         }
-
-    def refuse(self, site: Site) -> str | None:
-        return None if self.rank is None else too_large(self.rank, site)
 
     def factors(self, _: Tensor, sigma: Tensor, start: Tensor, U: Tensor, Vh: Tensor) -> tuple[Tensor, ...]:
         return U, sigma - start, Vh

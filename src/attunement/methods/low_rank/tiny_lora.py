@@ -1,21 +1,19 @@
 """TinyLoRA: a handful of numbers that mix random changes of a weight's largest singular directions."""
 
-from __future__ import annotations
-
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, fixed, register, seeded
-from attunement.methods._low_rank import too_large
 from attunement.methods._sharing import nth, place, written
 from attunement.site import Site
 from attunement.subspace import singular
 
 
-@register("low_rank/tiny_lora", source="https://arxiv.org/abs/2602.04118")
+@register("low_rank/tiny_lora", source="https://arxiv.org/abs/2602.04118", placement="attention.*|mlp.*")
 class TinyLoRA(WeightMethod):
     """TinyLoRA: W' = W + B (sum_i v_i P_i) A, where B A are the `rank` largest singular directions of W.
 
@@ -33,14 +31,12 @@ class TinyLoRA(WeightMethod):
     Start: v zero. The paper's text was not read: formula and defaults are PEFT's.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*"
-
-    rank: PositiveInt = 2
+    rank: Rank = 2
     size: PositiveInt = 64
     tying: Annotated[float, Field(ge=0, le=1)] = 0.0
     seed: NonNegativeInt = 42
     stored: bool = False
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
 
     def groups(self, sites: int) -> int:
         """How many vectors so many matrices have."""
@@ -63,9 +59,6 @@ class TinyLoRA(WeightMethod):
             "P": kind(P),  # (size, rank, rank)
             "group": written(group),
         }
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def factors(self, _: Tensor, A: Tensor, B: Tensor, P: Tensor, v: Tensor, group: Tensor) -> tuple[Tensor, ...]:
         R = torch.einsum("u,ujk->jk", v[group.shape[1]], P)  # (rank, rank)

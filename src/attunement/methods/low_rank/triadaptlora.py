@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, fixed, register
-from attunement.methods._low_rank import too_large
 from attunement.methods._schedule import agreed, span
 from attunement.site import Site
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from attunement.part import Part
 
 
-@register("low_rank/triadaptlora", source="https://arxiv.org/abs/2501.08008")
+@register("low_rank/triadaptlora", source="https://arxiv.org/abs/2501.08008", placement="attention.*|mlp.*")
 class TriAdaptLoRA(WeightMethod):
     """Triangular adaptive LoRA: W' = W + s L diag(live) U, L (out, r) lower and U (r, in) upper triangular.
 
@@ -39,16 +39,14 @@ class TriAdaptLoRA(WeightMethod):
     steps are the paper's; the scales, the start and what ends growth are ours.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*"
-
-    rank: PositiveInt = 8
+    rank: Rank = 8
     initial_rank: PositiveInt = 1
     max_rank: PositiveInt | None = None
     alpha: PositiveFloat | None = None
     warmup: NonNegativeFloat = 0.1
     final: NonNegativeFloat = 0.3
     interval: PositiveInt = 50
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
     total_steps: PositiveInt | None = None
 
     def _most(self, site: Site) -> int:
@@ -63,9 +61,6 @@ class TriAdaptLoRA(WeightMethod):
             "live": fixed((torch.arange(r) < self.initial_rank).float()),  # (r,)
             "s": fixed(torch.tensor(1.0 if self.alpha is None else self.alpha / self.rank)),  # ()
         }
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def factors(self, _W: Tensor, L: Tensor, U: Tensor, live: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         r = live.shape[-1]

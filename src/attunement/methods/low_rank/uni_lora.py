@@ -1,23 +1,21 @@
 """Uni-LoRA: every entry of every factor of a model is one of a few trained numbers."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, fixed, register, seeded
-from attunement.methods._low_rank import too_large
 from attunement.methods._sharing import copies, nth, place
 from attunement.site import Site
 
 
-@register("low_rank/uni_lora", source="https://arxiv.org/abs/2506.00799")
+@register("low_rank/uni_lora", source="https://arxiv.org/abs/2506.00799", placement="attention.{query,value}")
 class UniLoRA(WeightMethod):
     """Uni-LoRA: W' = W + B A, where all entries of all A (rank, in) and B (out, rank) are (P theta), theta (length,) trained.
 
@@ -36,17 +34,16 @@ class UniLoRA(WeightMethod):
     Start: as published, both factors are small and not zero.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
     cannot: ClassVar[Mapping[str, str]] = {
         "identity": "both factors start from one vector, which is small and not zero"
     }
 
-    rank: PositiveInt = 4
+    rank: Rank = 4
     length: PositiveInt = 256
     seed: NonNegativeInt = 42
     bound: PositiveFloat = 0.02
     stored: bool = False
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
 
     def needed(self, site: Site) -> int:
         """How many entries the factors of a matrix have."""
@@ -69,9 +66,6 @@ class UniLoRA(WeightMethod):
             "A_index": kind(index[:inner].view(self.rank, site.inputs)),  # (rank, in)
             "B_index": kind(index[inner:].view(site.outputs, self.rank)),  # (out, rank)
         }
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def factors(
         self, _: Tensor, A_index: Tensor, B_index: Tensor, theta: Tensor, share: Tensor

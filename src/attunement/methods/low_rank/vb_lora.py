@@ -1,21 +1,19 @@
 """VB-LoRA: low-rank factors put together from one bank of vectors that the whole model shares."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from attunement.fields import Dropout, Rank, Tile
 from attunement.method import Tensors, WeightMethod, register
-from attunement.methods._low_rank import too_large
 from attunement.site import Site
 
 
-@register("low_rank/vb_lora", source="https://arxiv.org/abs/2405.15179")
+@register("low_rank/vb_lora", source="https://arxiv.org/abs/2405.15179", placement="attention.{query,value}")
 class VBLoRA(WeightMethod):
     """Vector-bank LoRA: W' = W + B A, whose columns and rows are pieces of `vector_length` from one bank for all matrices.
 
@@ -30,16 +28,15 @@ class VBLoRA(WeightMethod):
     Start: as published, both factors are small and not zero. The authors give bank and logits learning rates of their own.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
     cannot: ClassVar[Mapping[str, str]] = {"identity": "both factors start from the bank, which is small and not zero"}
 
-    rank: PositiveInt = 4
+    rank: Rank = 4
     vectors: PositiveInt = 256
-    vector_length: PositiveInt = 256
+    vector_length: Tile = 256
     topk: PositiveInt = 2
     bound: PositiveFloat = 0.02
     spread: PositiveFloat = 0.1
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
 
     def shared(self, sites: list[Site]) -> Tensors:
         return {"bank": torch.empty(self.vectors, self.vector_length).uniform_(-self.bound, self.bound)}
@@ -52,11 +49,8 @@ class VBLoRA(WeightMethod):
         }
 
     def refuse(self, site: Site) -> str | None:
-        if self.topk > self.vectors:
-            return f"{self.topk} of {self.vectors} vectors cannot be chosen"
-        if site.outputs % self.vector_length or site.inputs % self.vector_length:
-            return f"the sizes {site.outputs} x {site.inputs} are no multiples of {self.vector_length}"
-        return too_large(self.rank, site)
+        most = self.vectors
+        return f"{self.topk} of {most} vectors cannot be chosen; the most is {most}" if self.topk > most else None
 
     def factors(self, _: Tensor, A_logits: Tensor, B_logits: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
         A, B = self._mixed(A_logits, bank), self._mixed(B_logits, bank)  # (rank, in/length, length), (out/length, ...)

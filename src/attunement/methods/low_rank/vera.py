@@ -1,18 +1,15 @@
 """VeRA: one frozen random pair of matrices for the whole model, and two learned vectors a matrix."""
 
-from __future__ import annotations
-
-from typing import Annotated, ClassVar
-
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
+from attunement.fields import Dropout
 from attunement.method import Tensors, WeightMethod, fixed, register, seeded
 from attunement.site import Site
 
 
-@register("low_rank/vera", source="https://arxiv.org/abs/2310.11454")
+@register("low_rank/vera", source="https://arxiv.org/abs/2310.11454", placement="attention.{query,value}")
 class VeRA(WeightMethod):
     """Vector-based random matrix adaptation: W' = W + diag(b) B diag(d) A, with one frozen B and A for all matrices.
 
@@ -28,13 +25,11 @@ class VeRA(WeightMethod):
     Start: b zero, so that W' = W.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
-
     rank: PositiveInt = 256
     start: float = 0.1
     seed: NonNegativeInt = 0
     stored: bool = False
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
 
     def shared(self, sites: list[Site]) -> Tensors:
         generator = torch.Generator().manual_seed(self.seed)

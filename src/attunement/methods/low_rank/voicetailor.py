@@ -1,13 +1,11 @@
 """VoiceTailor: LoRA in the matrices that full fine-tuning changes most."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 
+from attunement.fields import Share
 from attunement.method import Method, register
 from attunement.methods._changes import change_or_gradient
 from attunement.methods.low_rank.lora import LoRA
@@ -15,7 +13,7 @@ from attunement.site import Site
 from attunement.statistics import Statistics
 
 
-@register("low_rank/voicetailor", source="https://arxiv.org/abs/2408.14739")
+@register("low_rank/voicetailor", source="https://arxiv.org/abs/2408.14739", placement="attention.*|mlp.*")
 class VoiceTailor(LoRA):
     """Pivotal matrices: W' = W + (alpha / rank) B A where ||D|| / ||W|| is among the largest, D the change of full fine-tuning.
 
@@ -30,10 +28,9 @@ class VoiceTailor(LoRA):
     the one they describe, Frobenius norms and the share are ours. What is saved are the LoRAs that were chosen.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*"
     cannot: ClassVar[Mapping[str, str]] = {"meta": "its places are chosen by the values of the weights"}
 
-    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    share: Share = 0.5
     tuned: str | None = None
 
     @property

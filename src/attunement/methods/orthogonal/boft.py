@@ -1,19 +1,16 @@
 """BOFT: a dense rotation as a product of a few sparse ones, in the pattern of a butterfly."""
 
-from __future__ import annotations
-
-from typing import Annotated, ClassVar
-
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor
 
+from attunement.fields import Block
 from attunement.method import Tensors, WeightMethod, register
-from attunement.methods._cayley import angles, indivisible, skew, turn, turned
+from attunement.methods._cayley import angles, skew, turn, turned
 from attunement.site import Site
 
 
-@register("orthogonal/boft", source="https://arxiv.org/abs/2311.06243")
+@register("orthogonal/boft", source="https://arxiv.org/abs/2311.06243", placement="attention.{query,value}")
 class BOFT(WeightMethod):
     """Butterfly orthogonal fine-tuning: W' = diag(scale) W R^T, R = B_m ... B_2 B_1, each B_l sparse and orthogonal.
 
@@ -30,9 +27,7 @@ class BOFT(WeightMethod):
     code keeps square matrices, of which it takes half the skew part, and turns the other way. No dropout of blocks.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
-
-    block_size: Annotated[int, Field(ge=2)] = 8
+    block_size: Block = 8
     levels: PositiveInt = 2
     scaled: bool = True
 
@@ -48,8 +43,6 @@ class BOFT(WeightMethod):
         b, m, inputs = self.block_size, self.levels, site.inputs
         if m > 1 and b % 2:
             return f"blocks of {b} have no halves for {m} levels; the nearest size that has is {b + 1}"
-        if (reason := indivisible(inputs, b)) is not None:
-            return reason
         blocks = inputs // b
         most = (blocks & -blocks).bit_length()  # one more than the times that the blocks can be halved
         return f"{m} levels of blocks of {b} do not fill its {inputs} inputs; the most are {most}" if m > most else None

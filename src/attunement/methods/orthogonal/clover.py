@@ -1,7 +1,5 @@
 """CLOVER: what each head of an attention computes, in an orthonormal basis that stays and a full matrix that learns."""
 
-from __future__ import annotations
-
 from typing import ClassVar, Literal
 
 import torch
@@ -13,7 +11,7 @@ from attunement.method import Tensors, WeightMethod, fixed, register, seeded
 from attunement.site import Site
 
 
-@register("orthogonal/clover", source="https://arxiv.org/abs/2411.17426")
+@register("orthogonal/clover", source="https://arxiv.org/abs/2411.17426", placement="attention.{query,value}|mlp.up")
 class CLOVER(WeightMethod):
     """Cross-layer orthogonal vectors: the rows Z (d, in) of each head become M^T Q^T, Q^T (d, in) frozen, M (d, d) trained.
 
@@ -36,7 +34,6 @@ class CLOVER(WeightMethod):
     and M, which is no function of a weight and left out here. Its pruning is left out. Its SVD is a randomised one.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}|mlp.up"
     partners: ClassVar[tuple[str, ...]] = ("query", "output")
 
     frame: Literal["role", "single", "pair"] = "role"

@@ -1,9 +1,5 @@
 """HRA: a weight turned by a few Householder reflections."""
 
-from __future__ import annotations
-
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveInt
@@ -13,7 +9,7 @@ from attunement.method import Tensors, WeightMethod, kaiming, register
 from attunement.site import Site
 
 
-@register("orthogonal/hra", source="https://arxiv.org/abs/2405.17484")
+@register("orthogonal/hra", source="https://arxiv.org/abs/2405.17484", placement="attention.{query,value}")
 class HRA(WeightMethod):
     """Householder reflection adaptation: W' = W H_1 H_2 ... H_r,  H_i = I - 2 u_i u_i^T, u_i of length one.
 
@@ -28,8 +24,6 @@ class HRA(WeightMethod):
     Start: u uniform in ±1/sqrt(in) with equal neighbours, whose reflections cancel (up to rounding).
     The reference code takes query and value for Llama, and every linear layer of a block for DeBERTa.
     """
-
-    placement: ClassVar[str] = "attention.{query,value}"
 
     rank: PositiveInt = 8
     regularisation: NonNegativeFloat = 0.0

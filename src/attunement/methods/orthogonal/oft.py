@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Block
 from attunement.method import Tensors, WeightMethod, register
-from attunement.methods._cayley import angles, indivisible, skew, turn, turned
+from attunement.methods._cayley import angles, skew, turn, turned
 from attunement.site import Site
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from attunement.part import Part
 
 
-@register("orthogonal/oft", source="https://arxiv.org/abs/2306.07280")
+@register("orthogonal/oft", source="https://arxiv.org/abs/2306.07280", placement="attention.{query,value}")
 class OFT(WeightMethod):
     """Orthogonal fine-tuning: W' = W R^T, R = blockdiag(R_1, ..., R_n), R_i = (I + Q_i)(I - Q_i)^-1, Q_i skew-symmetric.
 
@@ -39,9 +40,7 @@ class OFT(WeightMethod):
     (out, in/groups * kernel); PEFT rotates overlapping patches of the image instead.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
-
-    block_size: Annotated[int, Field(ge=2)] = 32
+    block_size: Block = 32
     terms: Annotated[int, Field(ge=4)] | None = None
     constraint: PositiveFloat | None = None
     shared_block: bool = False
@@ -55,9 +54,6 @@ class OFT(WeightMethod):
         blocks = 1 if self.shared_block else site.inputs // self.block_size
         scale = {"scale": torch.ones(site.outputs)} if self.scaled else {}  # (out,)
         return {"Q": torch.zeros(blocks, angles(self.block_size)), **scale}  # (n, b (b - 1) / 2)
-
-    def refuse(self, site: Site) -> str | None:
-        return indivisible(site.inputs, self.block_size)
 
     def projected(self, Q: Tensor) -> Tensor:
         """Q with each block at most as large as the constraint says."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from pydantic import Field, PositiveInt
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from attunement.part import Part
 
 
-@register("orthogonal/osf", source="https://arxiv.org/abs/2504.07097")
+@register("orthogonal/osf", source="https://arxiv.org/abs/2504.07097", placement="attention.*|mlp.*")
 class OSF(WeightMethod):
     """Orthogonal subspace fine-tuning: W' = W + U diag(S) Vh - U0 diag(S0) Vh0, trained U (out, m), S (m,), Vh (m, in).
 
@@ -33,8 +33,6 @@ class OSF(WeightMethod):
     Only gradients are projected, as in the authors' code: an optimiser that rescales entries, such as Adam, leaves the
     subspace again by a little. For a next task merge, and adapt again.
     """
-
-    placement: ClassVar[str] = "attention.*|mlp.*"
 
     frozen: PositiveInt | Annotated[float, Field(gt=0, lt=1)] = 0.5
 

@@ -1,19 +1,15 @@
 """PEGO: a group of LoRAs that are kept orthogonal to the weight and to each other."""
 
-from __future__ import annotations
-
-from typing import ClassVar
-
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
+from attunement.fields import Rank
 from attunement.method import Tensors, WeightMethod, kaiming, register
-from attunement.methods._low_rank import too_large
 from attunement.site import Site
 
 
-@register("orthogonal/pego", source="https://arxiv.org/abs/2407.15085")
+@register("orthogonal/pego", source="https://arxiv.org/abs/2407.15085", placement="attention.{query,value}")
 class PEGO(WeightMethod):
     """Parameter-efficient group: W' = W + sum_i D_i, D_i = B_i A_i, with B_i (out, rank) and A_i (rank, in).
 
@@ -27,9 +23,7 @@ class PEGO(WeightMethod):
     Start: A uniform in ±1/sqrt(in), B zero; no scale, as in the authors' code.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
-
-    rank: PositiveInt = 4
+    rank: Rank = 4
     group: PositiveInt = 4
     strictness: NonNegativeFloat = 1e-3
 
@@ -38,9 +32,6 @@ class PEGO(WeightMethod):
             "A": kaiming(self.group, self.rank, site.inputs),  # (group, rank, in)
             "B": torch.zeros(self.group, site.outputs, self.rank),  # (group, out, rank)
         }
-
-    def refuse(self, site: Site) -> str | None:
-        return too_large(self.rank, site)
 
     def factors(self, _: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         return B.transpose(0, 1).flatten(1), A.flatten(0, 1)  # (out, group * rank), (group * rank, in)

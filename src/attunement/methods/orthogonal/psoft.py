@@ -1,21 +1,19 @@
 """PSOFT: a rotation of the weight inside the subspace of its largest singular values."""
 
-from __future__ import annotations
-
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import Tensor
 
+from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, register, seeded
 from attunement.methods._cayley import angles, skew, turn
-from attunement.methods._low_rank import too_large
 from attunement.site import Site
 from attunement.subspace import singular
 
 
-@register("orthogonal/psoft", source="https://openreview.net/forum?id=FSHrinMArK")
+@register("orthogonal/psoft", source="https://openreview.net/forum?id=FSHrinMArK", placement="attention.*|mlp.*")
 class PSOFT(WeightMethod):
     """Principal subspace orthogonal fine-tuning: W' = W + U S (R - I) V^T, R = diag(b) (I + Q)(I - Q)^-1 diag(a).
 
@@ -34,12 +32,10 @@ class PSOFT(WeightMethod):
     machine may find other vectors, in which Q means another rotation. The formula is PEFT's; no other code was seen.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*"
-
-    rank: PositiveInt = 32
+    rank: Annotated[Rank, Field(ge=2)] = 32
     terms: Annotated[int, Field(ge=4)] | None = None
     magnitudes: bool = True
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Dropout = 0.0
     exact: bool = False
 
     def tensors(self, site: Site) -> Tensors:
@@ -47,9 +43,6 @@ class PSOFT(WeightMethod):
         ones = {"a": torch.ones(self.rank), "b": torch.ones(self.rank)} if self.magnitudes else {}  # (rank,)
         Q = torch.zeros(angles(self.rank))
         return {"Q": Q, **ones, "US": seeded(U * S), "Vh": seeded(Vh.contiguous())}  # (out, rank), (rank, in)
-
-    def refuse(self, site: Site) -> str | None:
-        return "a rotation needs two directions; the least rank is 2" if self.rank < 2 else too_large(self.rank, site)
 
     def factors(
         self, _: Tensor, Q: Tensor, US: Tensor, Vh: Tensor, a: Tensor | None = None, b: Tensor | None = None

@@ -1,18 +1,17 @@
 """RoAd: what a layer gives, turned in planes of two channels and rescaled there."""
 
-from __future__ import annotations
-
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from attunement.fields import nearest_divisor
 from attunement.method import Tensors, WeightMethod, register
 from attunement.site import Site
 
 
-@register("orthogonal/road", source="https://arxiv.org/abs/2409.00119")
+@register("orthogonal/road", source="https://arxiv.org/abs/2409.00119", placement="attention.*|mlp.*")
 class RoAd(WeightMethod):
     """2D rotary adaptation: y' = R y, R turning channel j of a group with channel j + g/2, by theta, times alpha.
 
@@ -27,8 +26,6 @@ class RoAd(WeightMethod):
     Start: theta zero, alpha one. The text of the paper was not read: the formula is PEFT's.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*"
-
     variant: Literal[1, 2, 4] = 1
     group_size: Annotated[PositiveInt, Field(multiple_of=2)] = 64
 
@@ -40,7 +37,14 @@ class RoAd(WeightMethod):
         if site.inputs == 1:
             return "a norm has no matrix that could be turned"
         rows = site.outputs // getattr(site.module, "groups", 1)  # a plane across groups is no rows of one matrix
-        return f"its {rows} outputs are no groups of {self.group_size}" if rows % self.group_size else None
+        if rows % self.group_size == 0:
+            return None
+        fit = (
+            f"; the nearest that does is {2 * nearest_divisor(rows // 2, self.group_size // 2)}"
+            if rows % 2 == 0
+            else ""
+        )
+        return f"group_size {self.group_size} does not divide its {rows} outputs{fit}"
 
     def output(self, _: Tensor, y: Tensor, theta: Tensor, alpha: Tensor) -> Tensor:
         return self._turned(y, theta, alpha)  # (..., out)

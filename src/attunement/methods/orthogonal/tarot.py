@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from attunement.part import Part
 
 
-@register("orthogonal/tarot", source="https://arxiv.org/abs/2410.04277")
+@register("orthogonal/tarot", source="https://arxiv.org/abs/2410.04277", placement="blocks[:16].attention.output")
 class TaRot(WeightMethod):
     """Task-aware rotation of heads: W' = W R^T, R turning neighbouring inputs 2i and 2i + 1 by angles_i, (in / 2,).
 
@@ -44,7 +44,6 @@ class TaRot(WeightMethod):
     the smallest; here small ones are looked for. Its other rotations (all channels by levels of planes, mlp) are left out.
     """
 
-    placement: ClassVar[str] = "blocks[:16].attention.output"
     measures: ClassVar[bool] = True
 
     bound: PositiveFloat = math.pi / 6

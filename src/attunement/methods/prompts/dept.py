@@ -1,7 +1,5 @@
 """DePT: a short soft prompt and a low-rank change of the embeddings at each position."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -10,6 +8,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from attunement.fields import Tokens
 from attunement.method import SequenceMethod, Tensors, fixed, kaiming, register
 from attunement.methods.prompts.prompt import Prompt, first_backbones
 from attunement.site import Site
@@ -35,7 +34,7 @@ class DePT(SequenceMethod):
     placement: ClassVar[Any] = staticmethod(first_backbones)
     cannot: ClassVar[Mapping[str, str]] = Prompt.cannot
 
-    count: PositiveInt = 40
+    count: Tokens = 40
     rank: PositiveInt = 45
     length: PositiveInt = 256
     alpha: PositiveFloat = 8.0
@@ -54,9 +53,7 @@ class DePT(SequenceMethod):
         return {name: {"lr": self.low_rank_lr} for name in ("A", "B")}
 
     def refuse(self, site: Any) -> str | None:
-        if site.embedding is None:
-            return "its tokens have no embeddings of words to change"
-        return Prompt(count=self.count).refuse(site)
+        return "its tokens have no embeddings of words to change" if site.embedding is None else None
 
     def tokens(self, P: Tensor) -> Tensor:
         return P  # (count, width)

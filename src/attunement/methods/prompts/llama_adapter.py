@@ -1,7 +1,5 @@
 """LLaMA-Adapter: a prompt in each layer with an attention of its own behind a gate that starts at zero."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +10,7 @@ from torch import Tensor
 from attunement.method import AttentionMethod, Tensors, register
 
 
-@register("prompts/llama_adapter", source="https://arxiv.org/abs/2303.16199")
+@register("prompts/llama_adapter", source="https://arxiv.org/abs/2303.16199", placement="self_attention")
 class LLaMAAdapter(AttentionMethod):
     """Zero-initialised attention: softmax(q K^T) V + g softmax(q K_p^T) V_p, K_p = W_k P and V_p = W_v P.
 
@@ -27,7 +25,6 @@ class LLaMAAdapter(AttentionMethod):
     The source adapts the last 30 of 32 layers: `on="blocks[2:].self_attention"`. Start: g zero, P normal of 1.
     """
 
-    placement: ClassVar[str] = "self_attention"
     cannot: ClassVar[Mapping[str, str]] = {"merge": "its attention depends on no weight alone"}
 
     count: PositiveInt = 10

@@ -1,7 +1,5 @@
 """Multitask prompt tuning: one prompt for all tasks, and a small change of it for each."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -10,6 +8,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from attunement.errors import AttunementError
+from attunement.fields import Tokens
 from attunement.method import SequenceMethod, Tensors, register
 from attunement.methods.prompts.prompt import Prompt, first_backbones
 from attunement.site import Site
@@ -33,7 +32,7 @@ class MultitaskPrompt(SequenceMethod):
     cannot: ClassVar[Mapping[str, str]] = Prompt.cannot
     asks: ClassVar[tuple[str, ...]] = ("task",)
 
-    count: PositiveInt = 100
+    count: Tokens = 100
     tasks: PositiveInt = 1
     rank: PositiveInt = 1
     std: float = 1.0
@@ -44,9 +43,6 @@ class MultitaskPrompt(SequenceMethod):
             "U": 0.02 * torch.randn(self.tasks, self.count, self.rank),
             "V": 0.02 * torch.randn(self.tasks, self.rank, site.inputs),
         }
-
-    def refuse(self, site: Any) -> str | None:
-        return Prompt(count=self.count).refuse(site)
 
     def tokens(self, P: Tensor, U: Tensor, V: Tensor, task: Tensor | int | None = None) -> Tensor:
         if task is None:

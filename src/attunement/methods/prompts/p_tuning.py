@@ -1,7 +1,5 @@
 """P-tuning: a soft prompt that a small network makes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -9,6 +7,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from attunement.fields import Tokens
 from attunement.method import SequenceMethod, Tensors, register
 from attunement.methods.prompts.prompt import Prompt, first_backbones
 from attunement.site import Site
@@ -29,7 +28,7 @@ class PTuning(SequenceMethod):
     """
 
     placement: ClassVar[Any] = staticmethod(first_backbones)
-    count: PositiveInt = 9
+    count: Tokens = 9
     encoder: Literal["mlp", "lstm"] = "mlp"
     size: PositiveInt | None = None
     layers: PositiveInt = 2
@@ -48,9 +47,6 @@ class PTuning(SequenceMethod):
             return {"mlp": nn.Sequential(*layers)}
         lstm = nn.LSTM(d, size, self.layers, bidirectional=True, batch_first=True)
         return {"lstm": lstm, "mlp": nn.Sequential(nn.Linear(2 * size, 2 * size), nn.ReLU(), nn.Linear(2 * size, d))}
-
-    def refuse(self, site: Any) -> str | None:
-        return Prompt(count=self.count).refuse(site)
 
     def tokens(self, P: Tensor, mlp: nn.Module, lstm: nn.Module | None = None) -> Tensor:
         return mlp(P if lstm is None else lstm(P[None])[0][0])  # type: ignore[no-any-return]

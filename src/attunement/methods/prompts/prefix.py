@@ -1,7 +1,5 @@
 """Prefix tuning: trained keys and values before those of the text, in every layer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -12,7 +10,7 @@ from torch import Tensor
 from attunement.method import AttentionMethod, Tensors, register
 
 
-@register("prompts/prefix", source="https://arxiv.org/abs/2101.00190")
+@register("prompts/prefix", source="https://arxiv.org/abs/2101.00190", placement="self_attention")
 class Prefix(AttentionMethod):
     """Prefix: softmax(q [K_p; K]^T) [V_p; V], with K_p, V_p (key heads, count, head width) trained in each layer.
 
@@ -27,7 +25,6 @@ class Prefix(AttentionMethod):
     function.
     """
 
-    placement: ClassVar[str] = "self_attention"
     cannot: ClassVar[dict[str, str]] = {
         "identity": "its keys are attended to from the start",
         "merge": "its keys and values depend on no weight",

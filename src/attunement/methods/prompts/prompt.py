@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from attunement.errors import AttunementError
+from attunement.fields import Tokens
 from attunement.method import SequenceMethod, Tensors, register
 from attunement.site import Site
 
@@ -38,7 +38,7 @@ class Prompt(SequenceMethod):
         "combine": "tokens in a sequence have no weight: they are there or not",
     }
 
-    count: PositiveInt = 20
+    count: Tokens = 20
     ids: tuple[int, ...] = ()
     std: float = 0.02
 
@@ -57,8 +57,6 @@ class Prompt(SequenceMethod):
         return {"P": site.weight[rows.to(site.weight.device)].clone()}
 
     def refuse(self, site: Any) -> str | None:
-        if site.limit is not None and self.count >= site.limit:
-            return f"{self.count} tokens leave no room in its {site.limit} positions"
         if self.ids and site.embedding is None:
             return "it has no embeddings of words to start from"
         if self.ids and max(self.ids) >= (known := site.weight.shape[0]):

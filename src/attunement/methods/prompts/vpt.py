@@ -1,7 +1,5 @@
 """Visual prompt tuning: trained tokens among the patches of an image."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar

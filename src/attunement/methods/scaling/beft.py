@@ -1,9 +1,5 @@
 """BEFT: one shift of each value, in every attention."""
 
-from __future__ import annotations
-
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -11,7 +7,7 @@ from attunement.method import Tensors, WeightMethod, register
 from attunement.site import Site
 
 
-@register("scaling/beft", source="https://arxiv.org/abs/2509.15974")
+@register("scaling/beft", source="https://arxiv.org/abs/2509.15974", placement="attention.value")
 class BEFT(WeightMethod):
     """Bias-efficient fine-tuning: y' = y + shift, (out,), at the value projections and nowhere else.
 
@@ -21,8 +17,6 @@ class BEFT(WeightMethod):
     for few training rows they find values to be worth more than queries and keys, which `on` can choose instead. Their
     score for that choice, how far each kind of bias moves when all of them train, is left out.
     """
-
-    placement: ClassVar[str] = "attention.value"
 
     def tensors(self, site: Site) -> Tensors:
         return {"shift": torch.zeros(site.outputs)}  # (out,)

@@ -1,8 +1,6 @@
 """(IA)^3: keys, values and the hidden layer of the feed-forward network, each rescaled by a learned vector."""
 
-from __future__ import annotations
-
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +9,7 @@ from attunement.method import Tensors, WeightMethod, register
 from attunement.site import Site
 
 
-@register("scaling/ia3", source="https://arxiv.org/abs/2205.05638")
+@register("scaling/ia3", source="https://arxiv.org/abs/2205.05638", placement="attention.{key,value}|mlp.down")
 class IA3(WeightMethod):
     """Infused adapter by inhibiting and amplifying inner activations: y' = rows * y, or x' = columns * x.
 
@@ -23,8 +21,6 @@ class IA3(WeightMethod):
 
     Start: ones.
     """
-
-    placement: ClassVar[str] = "attention.{key,value}|mlp.down"
 
     side: Literal["role", "output", "input"] = "role"
 

@@ -1,9 +1,5 @@
 """SSF: each output scaled and shifted."""
 
-from __future__ import annotations
-
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -11,7 +7,7 @@ from attunement.method import Tensors, WeightMethod, register
 from attunement.site import Site
 
 
-@register("scaling/ssf", source="https://arxiv.org/abs/2210.08823")
+@register("scaling/ssf", source="https://arxiv.org/abs/2210.08823", placement="attention.*|mlp.*|norm|conv")
 class SSF(WeightMethod):
     """Scaling and shifting features: y' = gamma * y + beta, both (out,), behind linear layers, convolutions and norms.
 
@@ -21,8 +17,6 @@ class SSF(WeightMethod):
     the model before training. Its placement is every linear layer, convolution and norm below the head, patch embedding
     included; token embeddings, which its vision models do not have, are left out.
     """
-
-    placement: ClassVar[str] = "attention.*|mlp.*|norm|conv"
 
     def tensors(self, site: Site) -> Tensors:
         return {"gamma": torch.ones(site.outputs), "beta": torch.zeros(site.outputs)}  # (out,), (out,)

@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from attunement.errors import AttunementError
+from attunement.fields import Share
 from attunement.method import Tensors, register, running
 from attunement.methods._schedule import Block, agreed, blocks_of, drawn, rest_all_but
 from attunement.methods.low_rank.lora import LoRA
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
     from attunement.adapter import Adapter
     from attunement.part import Part
 
-Share = Annotated[float, Field(gt=0, le=1)]
 
-
-@register("selective/ist", source="https://arxiv.org/abs/2410.11772")
+@register(
+    "selective/ist", source="https://arxiv.org/abs/2410.11772", placement="attention.{query,key,value}|mlp.{up,down}"
+)
 class IST(LoRA):
     """Importance-aware sparse tuning: LoRA, W' = W + (alpha / rank) B A, of which each step trains some blocks.
 
@@ -50,7 +51,6 @@ class IST(LoRA):
     The paper's own formulas were not compared.
     """
 
-    placement: ClassVar[str] = "attention.{query,key,value}|mlp.{up,down}"
     measures: ClassVar[bool] = True
 
     updated: Share = 0.25

@@ -1,7 +1,5 @@
 """Train: parameters of the model itself, as copies that stand in for them."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """Ladder side tuning: a narrow copy of the stack beside it, fed by every block, and no backward pass through the stack."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 from attunement.method import NetworkMethod, Tensors, register
 
 
-@register("side/lst", source="https://arxiv.org/abs/2206.06522")
+@register("side/lst", source="https://arxiv.org/abs/2206.06522", placement="backbone")
 class LST(NetworkMethod):
     """s_0 = D_0 h_0,  s_{i+1} = block_i(g_i s_i + (1 - g_i) D_i h_{i+1}),  y' = U norm(s_L),  g_i = sigmoid(a_i / T).
 
@@ -32,7 +30,6 @@ class LST(NetworkMethod):
     linear layers do. Not the base's function.
     """
 
-    placement: ClassVar[str] = "backbone"
     cannot: ClassVar[Mapping[str, str]] = {
         "identity": "what the side network gives takes the place of what the stack gives",
         "merge": "its network stands beside the weights",

@@ -1,7 +1,5 @@
 """UniPT: the states of a frozen stack, aggregated by how like the last one they are."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from attunement.method import NetworkMethod, register
 
 
-@register("side/unipt", source="https://arxiv.org/abs/2308.14316")
+@register("side/unipt", source="https://arxiv.org/abs/2308.14316", placement="backbone")
 class UniPT(NetworkMethod):
     """y' = up(X_L + mix(sum_i c_i M_i)),  M_i = (S_i + I) X_i,  S_i = relu(X_L X_i^T), rows divided by their sums.
 
@@ -29,7 +27,6 @@ class UniPT(NetworkMethod):
     biases, as BERT's do. Not the base's function: what it gives takes the place of what the stack gives.
     """
 
-    placement: ClassVar[str] = "backbone"
     cannot: ClassVar[Mapping[str, str]] = {
         "identity": "what the network gives takes the place of what the stack gives",
         "merge": "its network stands beside the weights",

@@ -1,7 +1,5 @@
 """Visual query tuning: queries that read every block's tokens and change none of them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -14,7 +12,7 @@ from torch import Tensor
 from attunement.method import NetworkMethod, Tensors, register
 
 
-@register("side/vqt", source="https://arxiv.org/abs/2212.03220")
+@register("side/vqt", source="https://arxiv.org/abs/2212.03220", placement="backbone")
 class VQT(NetworkMethod):
     """y' = y + [O_1 ... O_L] W,  O_i = block_i(Q_i) with the keys and values of what block i was given.
 
@@ -29,7 +27,6 @@ class VQT(NetworkMethod):
     that has no more outputs than inputs. Start: Q uniform in +-sqrt(6 / (fan_in + width)) as in the source, W zero.
     """
 
-    placement: ClassVar[str] = "backbone"
     cannot: ClassVar[Mapping[str, str]] = {
         "merge": "its queries stand beside the weights",
     }

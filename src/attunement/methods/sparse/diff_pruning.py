@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from attunement.fields import Share
 from attunement.method import Method, ParameterMethod, Tagged, Tensors, register, running
 from attunement.methods._entries import bare, scattered
 from attunement.methods._phases import entries_of, most_changed, others_go_on
@@ -48,7 +49,7 @@ class DiffPruning(ParameterMethod):
     for 3 epochs in either phase, a learning rate of 1e-5 first and 5e-5 then.
     """
 
-    share: Annotated[float, Field(gt=0, le=1)] = 0.005
+    share: Share = 0.005
     count: PositiveInt | None = None
     sparsity: NonNegativeFloat = 1.25e-7
     lower: Annotated[float, Field(lt=0)] = -1.5

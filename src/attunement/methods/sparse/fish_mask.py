@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 
+from attunement.fields import Share
 from attunement.method import ParameterMethod, register
 from attunement.methods._entries import MostSensitive, largest
 from attunement.site import Site
@@ -36,7 +37,7 @@ class FishMask(MostSensitive, ParameterMethod):
     needs: ClassVar[tuple[str, ...]] = ("fisher",)
     cannot: ClassVar[dict[str, str]] = {"meta": "it starts from data, which cannot run through a model without values"}
 
-    share: Annotated[float, Field(gt=0, le=1)] = 0.005
+    share: Share = 0.005
     count: PositiveInt | None = None
     kept: dict[str, PositiveInt] | None = None
 

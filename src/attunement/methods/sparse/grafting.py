@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from attunement.errors import AttunementError
+from attunement.fields import Share
 from attunement.method import Method, ParameterMethod, Tensors, fixed, register
 from attunement.methods._entries import integer, scattered
 from attunement.methods._phases import entries_of, most_changed, others_go_on
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from attunement.part import Part
 
 
-@register("sparse/grafting", source="https://arxiv.org/abs/2302.06600")
+@register("sparse/grafting", source="https://arxiv.org/abs/2302.06600", placement="blocks")
 class Grafting(ParameterMethod):
     """Skill localisation: W' = W + change; then W' = W + gate change, the change fixed; then W' = W + values at `index`.
 
@@ -43,9 +44,7 @@ class Grafting(ParameterMethod):
     descent with a learning rate of 1e7, for 10 steps of 128 batches, and keeps the best mask. It learns no head beside.
     """
 
-    placement: ClassVar[str] = "blocks"
-
-    share: Annotated[float, Field(gt=0, le=1)] = 1e-5
+    share: Share = 1e-5
     count: PositiveInt | None = None
     sigmoid_bias: float = 10.0
     seed: NonNegativeInt = 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from attunement.errors import AttunementError
+from attunement.fields import Share
 from attunement.method import Method, ParameterMethod, Tensors, fixed, register
 from attunement.methods._entries import bare, integer, scattered
 from attunement.site import Site, whole
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from attunement.part import Part
 
 
-@register("sparse/lt_sft", source="https://arxiv.org/abs/2110.07560")
+@register(
+    "sparse/lt_sft", source="https://arxiv.org/abs/2110.07560", placement="embedding|attention.*|mlp.*|conv|pooler"
+)
 class LTSFT(ParameterMethod):
     """Lottery-ticket sparse fine-tuning: W' = W + change; then W' = W + values at `index`, zero elsewhere.
 
@@ -42,10 +45,8 @@ class LTSFT(ParameterMethod):
     here over the chosen ones. It can repeat the phases with shares of K; its scripts do not, and here there is one round.
     """
 
-    placement: ClassVar[str] = "embedding|attention.*|mlp.*|conv|pooler"
-
     count: PositiveInt | None = None
-    share: Annotated[float, Field(gt=0, le=1)] = 0.01
+    share: Share = 0.01
     full_l1: NonNegativeFloat = 0.0
     sparse_l1: NonNegativeFloat = 0.0
     kept: dict[str, PositiveInt] | None = None

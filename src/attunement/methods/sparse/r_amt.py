@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from attunement.part import Part
 
 
-@register("sparse/r_amt", source="https://arxiv.org/abs/2307.15049")
+@register("sparse/r_amt", source="https://arxiv.org/abs/2307.15049", placement="attention.*")
 class RAMT(WeightMethod):
     """Regularised attention mask tuning: W' = W [score > boundary], elementwise, with score (out, in).
 
@@ -47,7 +47,6 @@ class RAMT(WeightMethod):
     not masked. The reference code draws b from the very batch of a, which is for the objective to do.
     """
 
-    placement: ClassVar[str] = "attention.*"
     cannot: ClassVar[dict[str, str]] = {"gradcheck": "the gradient of its mask is not that of a step"}
 
     first: float = 1e-2

@@ -1,20 +1,19 @@
 """S2FT: a few heads and channels of a block are trained, as one dense piece of a matrix each."""
 
-from __future__ import annotations
-
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeInt
+from pydantic import NonNegativeInt
 from torch import Tensor
 
+from attunement.fields import Share
 from attunement.method import Tensors, WeightMethod, register, seeded
 from attunement.methods._schedule import drawn
 from attunement.site import Site
 
 
-@register("sparse/s2ft", source="https://arxiv.org/abs/2412.06289")
+@register("sparse/s2ft", source="https://arxiv.org/abs/2412.06289", placement="attention.output|mlp.down")
 class S2FT(WeightMethod):
     """Structured sparse fine-tuning: W' = W, plus `columns` (out, k) at the columns `index`, or `rows` (k, in) at the rows.
 
@@ -33,10 +32,9 @@ class S2FT(WeightMethod):
     model as it was. Its published learning rate is 2e-4.
     """
 
-    placement: ClassVar[str] = "attention.output|mlp.down"
     partners: ClassVar[tuple[str, ...]] = ("value",)
 
-    share: Annotated[float, Field(gt=0, le=1)] = 0.02
+    share: Share = 0.02
     side: Literal["role", "columns", "rows"] = "role"
     seed: NonNegativeInt = 0
 

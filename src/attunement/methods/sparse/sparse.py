@@ -1,19 +1,18 @@
 """Sparse: a few entries of a weight, trained."""
 
-from __future__ import annotations
-
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from attunement.fields import Share
 from attunement.method import Tensors, WeightMethod, fixed, register
 from attunement.methods._entries import at_random, integer, scattered
 from attunement.site import Site
 
 
-@register("sparse/sparse", source="https://arxiv.org/abs/2406.13175")
+@register("sparse/sparse", source="https://arxiv.org/abs/2406.13175", placement="attention.{query,value}")
 class Sparse(WeightMethod):
     """Sparse high-rank adaptation (SHiRA): W' = W + D, D zero but for `values` at fixed entries.
 
@@ -31,9 +30,7 @@ class Sparse(WeightMethod):
     diagonals can be given as `entries`. Its scale at inference is `at.Weighted`.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
-
-    density: Annotated[float, Field(gt=0, le=1)] = 0.01
+    density: Share = 0.01
     lora_rank: PositiveInt | None = None
     choice: Literal["random", "magnitude", "smallest"] = "random"
     seed: NonNegativeInt = 0

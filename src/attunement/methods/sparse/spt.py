@@ -1,14 +1,13 @@
 """SPT: matrices in which many entries are sensitive get a LoRA, the others train those entries alone."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
+from attunement.fields import Share, misfit
 from attunement.method import Method, WeightMethod, register
 from attunement.methods._entries import MostSensitive, rankings
 from attunement.methods.low_rank.lora import LoRA
@@ -16,7 +15,11 @@ from attunement.site import Site
 from attunement.statistics import Statistics
 
 
-@register("sparse/spt", source="https://arxiv.org/abs/2303.08566")
+@register(
+    "sparse/spt",
+    source="https://arxiv.org/abs/2303.08566",
+    placement="attention.{query,key,value,output}|mlp.{up,down}",
+)
 class SPT(MostSensitive, WeightMethod):
     """Sensitivity-aware tuning: W' = W + B A where much is sensitive, else W' = W plus `values` (count,) at `index`.
 
@@ -38,11 +41,10 @@ class SPT(MostSensitive, WeightMethod):
     does. So is SPT-Adapter. Stacked matrices (experts) have as many entries each.
     """
 
-    placement: ClassVar[str] = "attention.{query,key,value,output}|mlp.{up,down}"
     needs: ClassVar[tuple[str, ...]] = ("fisher",)
     cannot: ClassVar[dict[str, str]] = {"meta": "it starts from data, which cannot run through a model without values"}
 
-    share: Annotated[float, Field(gt=0, le=1)] = 0.005
+    share: Share = 0.005
     budget: PositiveInt | None = None
     rank: PositiveInt = 8
     ease: PositiveFloat = 10.0
@@ -53,7 +55,7 @@ class SPT(MostSensitive, WeightMethod):
         budget = self.budget or max(1, round(self.share * sum(score.numel() for score in scores.values())))
         lora = LoRA(rank=self.rank)
         size = {
-            s: math.inf if lora.refuse(s) else math.prod(s.batch) * self.rank * (s.outputs + s.inputs) for s in sites
+            s: math.inf if misfit(lora, s) else math.prod(s.batch) * self.rank * (s.outputs + s.inputs) for s in sites
         }
         best: tuple[float, dict[Site, int]] = (math.inf, {})
         steps = sorted({math.ceil(budget * step / 50) for step in range(1, 80)})

@@ -1,20 +1,16 @@
 """Super-Tuning: the largest entries of a weight are trained, alone or with a LoRA beside them."""
 
-from __future__ import annotations
-
-from typing import Annotated, ClassVar
-
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor
 
+from attunement.fields import Rank, Share
 from attunement.method import Tensors, WeightMethod, kaiming, register
 from attunement.methods._entries import at_largest, scattered
-from attunement.methods._low_rank import too_large
 from attunement.site import Site
 
 
-@register("sparse/super_tuning", source="https://arxiv.org/abs/2607.09287")
+@register("sparse/super_tuning", source="https://arxiv.org/abs/2607.09287", placement="attention.{query,value}")
 class SuperTuning(WeightMethod):
     """Super and Supra: W' = W, plus `values` (count,) at the largest entries, plus (alpha / rank) B A where there is a rank.
 
@@ -28,11 +24,9 @@ class SuperTuning(WeightMethod):
     PEFT's; the paper's other scores, by the activations of a calibration set, are left out.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
-
-    density: Annotated[float, Field(gt=0, le=1)] = 0.01
+    density: Share = 0.01
     largest: bool = True
-    rank: PositiveInt | None = None
+    rank: Rank | None = None
     alpha: PositiveFloat | None = None
 
     def count(self, site: Site) -> int:
@@ -48,7 +42,7 @@ class SuperTuning(WeightMethod):
     def refuse(self, site: Site) -> str | None:
         if not self.count(site):
             return f"it has {site.outputs * site.inputs} entries, of which a share of {self.density} is none"
-        return None if self.rank is None else too_large(self.rank, site)
+        return None
 
     def delta(
         self, _: Tensor, values: Tensor, index: Tensor, A: Tensor | None = None, B: Tensor | None = None

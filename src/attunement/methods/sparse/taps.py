@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from attunement.part import Part
 
 
-@register("sparse/taps", source="https://arxiv.org/abs/2203.16708")
+@register("sparse/taps", source="https://arxiv.org/abs/2203.16708", placement="attention.*|mlp.*|conv")
 class TAPS(WeightMethod):
     """Task-adaptive parameter sharing: W' = W + [score >= threshold] change, with change (out, in) and score (1,).
 
@@ -38,7 +38,6 @@ class TAPS(WeightMethod):
     statistics of its own; neither is done here. Its joint variant, for several tasks at once, is left out.
     """
 
-    placement: ClassVar[str] = "attention.*|mlp.*|conv"
     cannot: ClassVar[dict[str, str]] = {"gradcheck": "the gradient of its gate is not that of a step"}
 
     sparsity: NonNegativeFloat = 1.0

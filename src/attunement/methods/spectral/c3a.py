@@ -1,18 +1,14 @@
 """C3A: a change made of circulant blocks, each of which is a convolution that goes round."""
 
-from __future__ import annotations
-
-from typing import ClassVar
-
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
+from attunement.fields import Tile
 from attunement.method import Tensors, WeightMethod, register
 from attunement.site import Site
 
 
-@register("spectral/c3a", source="https://arxiv.org/abs/2407.19342")
+@register("spectral/c3a", source="https://arxiv.org/abs/2407.19342", placement="attention.{query,value}")
 class C3A(WeightMethod):
     """Circular convolution: each tile (b, b) of the change is circulant, C[j, n] = kernel[(n - j) mod b] / in.
 
@@ -25,18 +21,11 @@ class C3A(WeightMethod):
     The tiles are written out here, where PEFT takes Fourier transforms of x. The text of the paper was not read.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
-
-    block_size: PositiveInt = 256
+    block_size: Tile = 256
 
     def tensors(self, site: Site) -> Tensors:
         b = self.block_size
         return {"kernel": torch.zeros(site.outputs // b, site.inputs // b, b)}  # (out/b, in/b, b)
-
-    def refuse(self, site: Site) -> str | None:
-        if site.outputs % self.block_size or site.inputs % self.block_size:
-            return f"a {site.outputs} x {site.inputs} matrix has no tiles of {self.block_size} x {self.block_size}"
-        return None
 
     def delta(self, _W: Tensor, kernel: Tensor) -> Tensor:
         place = torch.arange(kernel.shape[-1], device=kernel.device)

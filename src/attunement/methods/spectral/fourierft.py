@@ -1,19 +1,15 @@
 """FourierFT: a few entries of the spectrum of a weight's change, trained."""
 
-from __future__ import annotations
-
-from typing import ClassVar
-
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor
 
 from attunement.method import Tensors, WeightMethod, register
-from attunement.methods._entries import spectrum, too_few
+from attunement.methods._entries import Frequencies, spectrum
 from attunement.site import Site
 
 
-@register("spectral/fourierft", source="https://arxiv.org/abs/2405.03003")
+@register("spectral/fourierft", source="https://arxiv.org/abs/2405.03003", placement="attention.{query,value}")
 class FourierFT(WeightMethod):
     """Discrete Fourier change: W' = W + scale Re(ifft2(S)), S (out, in) zero but for `spectrum` at fixed random entries.
 
@@ -26,17 +22,12 @@ class FourierFT(WeightMethod):
     entries are follows from the seed and is not stored. The paper's choice of a frequency band is left out.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
-
-    frequencies: PositiveInt = 1000
+    frequencies: Frequencies = 1000
     scale: PositiveFloat = 150.0
     seed: NonNegativeInt = 777
 
     def tensors(self, site: Site) -> Tensors:
         return spectrum(site, self.frequencies, self.seed)  # (frequencies,) each
-
-    def refuse(self, site: Site) -> str | None:
-        return too_few(site, self.frequencies)
 
     def delta(self, _W: Tensor, spectrum: Tensor, index: Tensor) -> Tensor:
         S = spectrum.new_zeros(_W.numel()).scatter(0, index, spectrum).view(_W.shape)  # (out, in)

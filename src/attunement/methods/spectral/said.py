@@ -1,9 +1,6 @@
 """SAID: the whole model moves in a random subspace of a few dimensions."""
 
-from __future__ import annotations
-
 import math
-from typing import ClassVar
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
@@ -16,7 +13,7 @@ from attunement.site import Site
 BLOCK = 32
 
 
-@register("spectral/said", source="https://arxiv.org/abs/2012.13255")
+@register("spectral/said", source="https://arxiv.org/abs/2012.13255", placement="attention.*|mlp.*")
 class SAID(WeightMethod):
     """Structure-aware intrinsic dimension: W' = W + gain P theta, theta (size,) one for all matrices, gain (1,) of each.
 
@@ -32,8 +29,6 @@ class SAID(WeightMethod):
     that code has a gradient smaller by the transform's size. The paper moves biases, norms and embeddings too.
     `attunement.intrinsic_dimension` finds the smallest size that is enough.
     """
-
-    placement: ClassVar[str] = "attention.*|mlp.*"
 
     size: PositiveInt = 1000
     structured: bool = True

@@ -1,20 +1,16 @@
 """WaveFT: a few wavelet coefficients of a weight's change, trained."""
 
-from __future__ import annotations
-
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor
 
 from attunement.method import Tensors, WeightMethod, register
-from attunement.methods._entries import spectrum, too_few
+from attunement.methods._entries import Frequencies, spectrum
 from attunement.site import Site
 
 
-@register("spectral/waveft", source="https://arxiv.org/abs/2505.12532")
+@register("spectral/waveft", source="https://arxiv.org/abs/2505.12532", placement="attention.{query,value}")
 class WaveFT(WeightMethod):
     """Wavelet change: W' = W + scale * IDWT(S), S (out, in) zero but for `spectrum` at fixed random entries.
 
@@ -29,17 +25,12 @@ class WaveFT(WeightMethod):
     counts in proportion to the matrices' sizes, are left out.
     """
 
-    placement: ClassVar[str] = "attention.{query,value}"
-
-    frequencies: PositiveInt = 2592
+    frequencies: Frequencies = 2592
     scale: PositiveFloat = 25.0
     seed: NonNegativeInt = 777
 
     def tensors(self, site: Site) -> Tensors:
         return spectrum(site, self.frequencies, self.seed)  # (frequencies,) each
-
-    def refuse(self, site: Site) -> str | None:
-        return too_few(site, self.frequencies)
 
     def delta(self, _W: Tensor, spectrum: Tensor, index: Tensor) -> Tensor:
         out, inputs = _W.shape
