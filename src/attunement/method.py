@@ -88,8 +88,10 @@ class Method:
     """What the method cannot do, and why: `{"merge": "its output is not linear in its input"}`. Kept true by tests."""
     needs: ClassVar[Sequence[str | Need]] = ()
     """What `calibrate` and `plan` read of data: words of `attunement.statistics` (`"covariance"`), or its `Need` values."""
-    measures: ClassVar[bool] = False
-    """Whether it measures losses with `adapter.objective`, for which `at.Trainer` then has one."""
+    measures: ClassVar[str] = ""
+    """What it measures with `adapter.objective`, which `at.Trainer` sets where nobody has: "training", the loss on training
+    rows; "unseen", that on training rows which `at.Trainer` keeps from the other tensors; "departure", how far the
+    predictions on the step's rows are from those of the model without adapters."""
     acts_on: ClassVar[str] = "matrix"
     partners: ClassVar[tuple[str, ...]] = ()
     """Other matrices of the same sublayer that `tensors` reads, by the last word of their role: see `Site.partner`."""

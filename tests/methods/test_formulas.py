@@ -109,6 +109,14 @@ def test_lora_plus_only_changes_one_rate() -> None:
     assert at.LoRA().rates() == {}
 
 
+def test_a_head_may_have_a_rate_of_its_own() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    adapter = at.adapt(model, {"body": at.LoRA(rank=2), "re:head": at.Train(rate=10)})
+    rates = {id(p): group["lr"] for group in adapter.groups(lr=1e-3) for p in group["params"]}
+    found = {name.split(".")[0]: rates[id(p)] for name, p in adapter.named_parameters()}
+    assert found == pytest.approx({"body": 1e-3, "head": 1e-2})
+
+
 def test_dora(W: Tensor) -> None:
     method = at.DoRA(rank=2, alpha=4)
     t = values(method, site(W), disturb=0.5)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,9 @@ class Trainer(transformers.Trainer):
 
     Several trained adapters are kept in `checkpoint-N/adapter-<name>`.
 
+    Methods that measure (IST, AutoLoRA, R-AMT) are given what they measure with, see `Method.measures`: for losses on rows
+    that the other tensors never see, a share of `unseen` of the training rows is held out while such a method trains.
+
     Methods with several phases (LT-SFT, AutoLoRA) are trained through all of them, each with an optimizer and a schedule
     of its own, as long as the arguments say, and with checkpoints in `phase-2/` and so on. A run that was killed inside a
     phase or between two resumes to the same weights.
@@ -86,6 +90,11 @@ class Trainer(transformers.Trainer):
     """
 
     phase = 1
+    unseen = 0.3
+    """The share of the training rows that is held out for methods that measure the loss on such; AutoLoRA's."""
+    held: Any = None
+    asked = (0, 0)
+    step_inputs: dict[str, Any] | None = None
 
     def __init__(self, model: nn.Module | None = None, *args: Any, **kwargs: Any):
         # `transformers` refuses to train a quantised base unless this attribute says that something else is trained.
@@ -118,9 +127,10 @@ class Trainer(transformers.Trainer):
             enter_phase(self.adapted, resumed)
         if numbered is not None:
             self._set_phase(int(numbered[1]))
-        made, done = self.model_init, self._finished(resumed)
+        made, done, rows = self.model_init, self._finished(resumed), self.train_dataset
         try:
             while True:
+                self.train_dataset = self._held_out(rows)
                 training = check_trains(self.adapted)
                 if self.args.ddp_find_unused_parameters is None and any(a.chooses for a in training.values()):
                     self.args.ddp_find_unused_parameters = True  # every step leaves other parameters out
@@ -134,11 +144,11 @@ class Trainer(transformers.Trainer):
                 self.model_init = None  # type: ignore[assignment] # it would make another model
                 self.model_wrapped = self.model  # type: ignore[assignment]
         finally:
-            self.model_init = made
+            self.model_init, self.train_dataset, self.held, self.step_inputs = made, rows, None, None
             for adapter in at.adapters(self.adapted).values():
                 for part in adapter.parts if adapter.chooses else ():
                     part.rest(False)
-                if adapter.objective == self.training_loss:
+                if adapter.objective in (self.training_loss, self.unseen_loss, self.departure):
                     adapter.objective = None
             bench_of(self.adapted).mark()
 
@@ -193,6 +203,9 @@ class Trainer(transformers.Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         self._give(inputs)
+        adapters = trained_adapters(self.adapted).values()
+        if model.training and any(group.method.measures == "departure" for a in adapters for group in a.groups_):
+            self.step_inputs = dict(inputs)
         made: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = made if return_outputs else (made, None)
         if model.training:
@@ -202,7 +215,7 @@ class Trainer(transformers.Trainer):
                 shared = self.model_accepts_loss_kwargs and num_items_in_batch is not None
                 whole = shared or self.compute_loss_func is not None
             steps = self.current_gradient_accumulation_steps if whole else 1
-            for adapter in trained_adapters(self.adapted).values():
+            for adapter in adapters:
                 loss = loss + adapter.penalty() / steps
         return (loss, outputs) if return_outputs else loss
 
@@ -224,21 +237,68 @@ class Trainer(transformers.Trainer):
         columns: list[str] = self._signature_columns or []
         self._signature_columns = [*columns, *sorted(asked.difference(columns))]  # type: ignore[assignment]
 
-    def training_loss(self) -> torch.Tensor:
-        """The loss on 16 training rows, drawn by the seed and the step alone: what methods that measure losses are given.
+    def measure_of(self, adapter: Adapter) -> Callable[[], torch.Tensor] | None:
+        """What a trained adapter measures with: its own `objective`, else that of the word its methods say, or None."""
+        if adapter.objective is not None:
+            return adapter.objective
+        words = {group.method.measures for group in adapter.groups_} - {""}
+        if len(words) > 1:
+            raise AttunementError(
+                f"Trainer: the methods of {adapter.name!r} measure with {' and '.join(sorted(words))}, and an adapter has "
+                "one objective; set it"
+            )
+        known = {"training": self.training_loss, "unseen": self.unseen_loss, "departure": self.departure}
+        return known[words.pop()] if words else None
 
-        An adapter's own `objective` comes before it.
-        """
-        if not hasattr(self.train_dataset, "__len__"):
+    def training_loss(self) -> torch.Tensor:
+        """The loss on 16 training rows, drawn by the seed and the step alone."""
+        return self._loss_on(self.train_dataset, 16, 0)
+
+    def unseen_loss(self) -> torch.Tensor:
+        """The loss on a batch of the rows that are held out, drawn by the seed, the step and how often it asks in a step."""
+        assert self.held is not None
+        before, times = self.asked
+        self.asked = (self.state.global_step, times + 1 if before == self.state.global_step else 0)
+        return self._loss_on(self.held, self.args.train_batch_size, self.asked[1])
+
+    def departure(self) -> torch.Tensor:
+        """The cross-entropy of the predictions on the step's last batch from those of the model without adapters."""
+        inputs = {name: value for name, value in (self.step_inputs or {}).items() if name != "labels"}
+        labels: Any = (self.step_inputs or {}).get("labels")
+        with torch.no_grad(), at.using(self.adapted, None):
+            teacher = self.adapted(**inputs).logits.float().softmax(-1)
+        apart = -(teacher * self.adapted(**inputs).logits.float().log_softmax(-1)).sum(
+            -1
+        )  # (batch,) or (batch, tokens)
+        return apart[labels != -100].mean() if labels is not None and labels.shape == apart.shape else apart.mean()
+
+    def _loss_on(self, data: Any, count: int, draw: int) -> torch.Tensor:
+        if not hasattr(data, "__len__"):
             raise AttunementError(
                 "Trainer: rows to measure a loss on cannot be drawn from a stream; set the adapter's objective"
             )
-        data: Any = self.train_dataset
-        generator = torch.Generator().manual_seed((self.args.seed * 1_000_003 + self.state.global_step) % 2**32)
-        index = torch.randint(len(data), (16,), generator=generator).tolist()
+        seed = (self.args.seed * 1_000_003 + self.state.global_step + draw * 7_368_787) % 2**32
+        index = torch.randint(len(data), (count,), generator=torch.Generator().manual_seed(seed)).tolist()
         collate = self._get_collator_with_removed_columns(self.data_collator)
         loss: torch.Tensor = self.compute_loss(self.adapted, self._prepare_inputs(collate([data[i] for i in index])))
         return loss
+
+    def _held_out(self, rows: Any) -> Any:
+        """The rows that are trained on: all, or without those that a method measures on, which are drawn by the seed."""
+        self.held = None
+        adapters = trained_adapters(self.adapted).values()
+        if all(a.objective or all(g.method.measures != "unseen" for g in a.groups_) for a in adapters):
+            return rows
+        if not hasattr(rows, "__len__") or len(rows) < 2:
+            raise AttunementError(
+                "Trainer: rows for a method that measures on unseen ones are held out of a data set of at least two, not of "
+                "a stream; set the adapter's objective"
+            )
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed)).tolist()
+        count = min(max(round(self.unseen * len(rows)), 1), len(rows) - 1)
+        take: Any = getattr(rows, "select", None) or functools.partial(torch.utils.data.Subset, rows)
+        self.held = take(sorted(order[:count]))
+        return take(sorted(order[count:]))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The trained adapters and the tokenizer; never the base."""
@@ -306,8 +366,7 @@ class _BeforeStep(transformers.TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for adapter in _stepped(self.trainer.adapted, state):
-            if adapter.objective is None and any(group.method.measures for group in adapter.groups_):
-                adapter.objective = self.trainer.training_loss
+            adapter.objective = self.trainer.measure_of(adapter)
             adapter.begin()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import PositiveFloat
@@ -40,8 +40,11 @@ class AutoLoRA(WeightMethod):
     The reference code (70 % of the rows for A and B, 30 % for a) looks one step ahead: it takes a's gradient after a step
     of A and B, and adds finite differences of the training loss. Here a's gradient is of the first order, where A and B
     stand (DARTS with xi = 0). The paper compares softmax(a) with 1 / rank, its code a itself with the mean, as here.
-    How far the second stream has come is for the objective to keep when a run is resumed.
+    `at.Trainer` holds such rows out of its own and says how many; an objective of one's own keeps how far its stream has
+    come when a run is resumed.
     """
+
+    measures: ClassVar[str] = "unseen"
 
     rank: Rank = 8
     alpha: PositiveFloat = 16.0

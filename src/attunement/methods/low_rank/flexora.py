@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -28,8 +28,8 @@ class Flexora(WeightMethod):
 
     h learns on data that A and B never see: before each of their steps it takes one of Adam down the loss of `batches`
     batches of the second stream, `adapter.objective`, a function without arguments that returns the loss on its next
-    batch. In the second phase (`adapter.succeed`, which `at.Trainer` calls) the layers with h > 0 get a LoRA, trained
-    from its own start; the others none.
+    batch; `at.Trainer` holds rows out for it. In the second phase (`adapter.succeed`, which `at.Trainer` calls) the layers
+    with h > 0 get a LoRA, trained from its own start; the others none.
 
     Args:
         rank: 8. alpha: numerator of the scale in both phases; None is `rank`. dropout: on x before A, in training only.
@@ -39,6 +39,8 @@ class Flexora(WeightMethod):
     As in the authors' code, h's gradient is taken where A and B stand, without unrolling a step of theirs. There g
     multiplies what enters the dropout, A and B, so the change by g^3; here once, as the gate of a layer is described.
     """
+
+    measures: ClassVar[str] = "unseen"
 
     rank: Rank = 8
     alpha: PositiveFloat | None = None

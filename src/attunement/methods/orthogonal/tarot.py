@@ -44,7 +44,7 @@ class TaRot(WeightMethod):
     the smallest; here small ones are looked for. Its other rotations (all channels by levels of planes, mlp) are left out.
     """
 
-    measures: ClassVar[bool] = True
+    measures: ClassVar[str] = "training"
 
     bound: PositiveFloat = math.pi / 6
     trials: PositiveInt = 124

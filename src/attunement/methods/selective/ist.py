@@ -51,7 +51,7 @@ class IST(LoRA):
     The paper's own formulas were not compared.
     """
 
-    measures: ClassVar[bool] = True
+    measures: ClassVar[str] = "training"
 
     updated: Share = 0.25
     suppressed: Share = 0.5

@@ -1,8 +1,10 @@
 """Train: parameters of the model itself, as copies that stand in for them."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor
 
 from attunement.method import ParameterMethod, Tensors, fixed, register
@@ -18,12 +20,14 @@ class Train(ParameterMethod):
     Args:
         only: "bias" keeps to biases (BitFit, the source), "weight" leaves them out.
         rows: rows along the first dimension, such as tokens added to an embedding; negative ones count from the end.
+        rate: factor on the learning rate. A new head often wants ten to a hundred times that of pretrained weights.
 
     Start: the values of the base.
     """
 
     only: Literal["all", "weight", "bias"] = "all"
     rows: tuple[int, ...] | None = None
+    rate: PositiveFloat = 1.0
 
     def tensors(self, site: Site) -> Tensors:
         if self.rows is None:
@@ -45,6 +49,9 @@ class Train(ParameterMethod):
             if outside[0] < 0
             else f"{said}; the last is {count - 1}"
         )
+
+    def rates(self) -> Mapping[str, Mapping[str, float]]:
+        return {"copy": {"lr": self.rate}} if self.rate != 1 else {}
 
     def weight(self, W: Tensor, copy: Tensor, index: Tensor | None = None) -> Tensor:
         return copy if index is None else W.index_copy(0, index, copy)

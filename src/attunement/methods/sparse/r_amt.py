@@ -27,7 +27,8 @@ class RAMT(WeightMethod):
 
     Backward the mask is the identity. The loss gets norm times the Euclidean norm of each score. Before a step the gradient
     a of the loss meets b, that of the distance to the model without masks: with P = (1 + sign(a) (a + b) / (|a| + |b|)) / 2,
-    an entry of a is kept with probability P, which is one where both agree. The distance is `adapter.objective`:
+    an entry of a is kept with probability P, which is one where both agree. The distance is `adapter.objective`, which
+    `at.Trainer` has:
 
         def objective():  # on the batch of the step
             with torch.no_grad(), at.using(model, None):
@@ -48,6 +49,8 @@ class RAMT(WeightMethod):
     """
 
     cannot: ClassVar[dict[str, str]] = {"gradcheck": "the gradient of its mask is not that of a step"}
+
+    measures: ClassVar[str] = "departure"
 
     first: float = 1e-2
     boundary: float = 5e-3
