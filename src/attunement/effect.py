@@ -116,6 +116,16 @@ class Blend(Node):
         )
 
 
+def weighed(active: Active) -> set[str]:
+    """The adapters of the active set that have a weight other than zero."""
+    if active is None:
+        return set()
+    if isinstance(active, str):
+        return {active}
+    weights = active.weights if isinstance(active, Weighted) else [1.0] * len(active.items)
+    return set().union(*(weighed(item) for item, weight in zip(active.items, weights, strict=True) if weight))
+
+
 def chained(nodes: Sequence[Node | None]) -> Node | None:
     present = [node for node in nodes if node is not None]
     return Node(present) if len(present) > 1 else next(iter(present), None)

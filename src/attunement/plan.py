@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attunement.attention import attuned_config
 from attunement.compose import Active, Stack, names_in
-from attunement.effect import Node, Terms, chained, enter, resolved, weigh
+from attunement.effect import Node, Terms, chained, enter, resolved, weigh, weighed
 from attunement.errors import AttunementError
 from attunement.part import Part
 from attunement.site import LINEAR, PLAIN, LinearLayout, QuantisedLayout, base_of, working_dtype
@@ -281,7 +281,10 @@ def _node(place: str, active: Active, entries: Mapping[str, Sequence[tuple[Part,
     if any(place in part.unweighed for found in entries.values() for part, _ in found):
         aside = {name: [e for e in found if place in e[0].unweighed] for name, found in entries.items()}
         rest = {name: [e for e in found if place not in e[0].unweighed] for name, found in entries.items()}
-        return chained([resolved(Stack(*entries), aside), _node(place, active, rest)])
+        live = weighed(active)
+        return chained(
+            [resolved(Stack(*(name for name in entries if name in live)), aside), _node(place, active, rest)]
+        )
     return resolved(active, entries, any(part.joins for found in entries.values() for part, _ in found))
 
 

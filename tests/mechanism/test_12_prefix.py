@@ -103,6 +103,17 @@ def test_positions_move_where_that_is_asked_for(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_without_weight_no_position_moves(name):
+    model, given = prefixed(name, at.Prefix(count=3, std=1.0, offset_positions=True)), text(name)
+    (only,) = at.adapters(model)
+    with at.using(model, None):
+        expected = logits(model, given)
+    for none in (at.Weighted({only: 0.0}), at.Sum(at.Weighted({only: 0.0}), None), at.Weighted({at.Stack(only): 0.0})):
+        with at.using(model, none):
+            assert torch.equal(logits(model, given), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_positions_of_the_user_are_kept(name):
     model, given = prefixed(name), text(name)
     expected = logits(model, given)

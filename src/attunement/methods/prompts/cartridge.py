@@ -24,7 +24,7 @@ class Cartridge(Prefix):
     Args:
         count: tokens; 128, the smallest of the paper, which goes to 8,192. frozen: of them; 1, the attention's sink.
         std, offset_positions: as in `Prefix`; the text begins behind it, as behind the text that it stands for. Under
-            `at.Weighted` it does so whatever the weight.
+            `at.Weighted` it does so whatever the weight but zero.
 
     `fill` starts it from the cache of a text. The paper trains it on conversations about that text which the model had
     with itself, towards what it says with the whole text before it: data and a loss, which are the trainer's.
