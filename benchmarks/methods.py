@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -75,7 +77,7 @@ def method_attach(seconds: float) -> Iterator[Result]:
     base = llama()
     for name, fields in FIELDS.items():
         method = at.method(name)(**fields)
-        fresh = copies(base)
+        fresh = partial(copy.deepcopy, base)  # weights and all: PEFT's KaSA writes into them
         with tempfile.TemporaryDirectory() as folder:
             at.adapt(fresh(), method, on=LINEAR).save(folder, format="peft")
             config = PeftConfig.from_pretrained(folder)

@@ -125,10 +125,15 @@ class Adapter:
         """Put the values of these kinds in place, after checking names both ways, shapes and finiteness.
 
         Raises:
-            AttunementError: naming the first tensor that is missing, unexpected, ill-shaped or not finite.
+            AttunementError: while it is merged, or naming the first tensor that is missing, unexpected, ill-shaped or not
+                finite.
         """
         own = self._owned(kinds)
         where = f"adapter {self.name!r}"
+        if self.merged:
+            raise AttunementError(
+                f"{where}: the weights hold the values that it has now; unmerge it before it gets others"
+            )
         if missing := sorted(own.keys() - state.keys()):
             raise AttunementError(f"{where}: {len(missing)} tensors are missing, first {missing[0]!r}")
         if extra := sorted(state.keys() - own.keys()):
@@ -141,6 +146,8 @@ class Adapter:
                 raise AttunementError(f"{where}: {key!r} has values that are not finite")
         for key, (owner, name) in own.items():
             put(getattr_tensor(owner, name), state[key])
+        for group in self.groups_:
+            group.method.follow(group.parts)
 
     # --- training ---
 

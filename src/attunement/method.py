@@ -56,7 +56,8 @@ def fixed(value: Tensor) -> Tagged:
 
 
 def seeded(value: Tensor) -> Tagged:
-    """A tensor that `tensors` or `shared` computes again at load, from a seed field or from the base; never stored."""
+    """A tensor that `tensors` or `shared` computes again at load, from a seed field or from the base, or `follow` from values
+    that were loaded; never stored."""
     return Tagged("seeded", value)
 
 
@@ -137,6 +138,13 @@ class Method:
     def rates(self) -> Mapping[str, Mapping[str, float]]:
         """Factors on the learning rate and the weight decay of single tensors: `{"B": {"lr": 16.0}}`."""
         return {}
+
+    def follow(self, parts: Sequence[Part]) -> None:
+        """Called with all parts of this method in an adapter when values have been loaded into it.
+
+        Seeded tensors that follow from those values, and not from a seed or the base alone, are written anew, out of
+        autograd, through `part.tensor(name)`.
+        """
 
     def before_step(self, adapter: Adapter, parts: Sequence[Part]) -> None:
         """Called after the backward pass and before the optimiser's step, while the gradients are there.

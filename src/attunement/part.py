@@ -82,7 +82,7 @@ class Part:
         self.additive = self.weight_form in ("factors", "delta")
         self.dropout = float(getattr(method, "dropout", 0.0))
         self.folds = self.weight_form == "delta"  # a change that costs a product of the matrix's own size
-        if self.weight_form == "factors" and not self.reads_weight:
+        if self.weight_form == "factors" and not self.reads_weight and not method.asks:
             wanted = _named_parameters(type(method), "factors")  # type: ignore[arg-type]
             owners = {name: h for h in (self.holder, *self.common) for name in (*h._parameters, *h._buffers)}
             given = [name for name in (wanted or ())[2:] if name in owners]

@@ -78,6 +78,7 @@ class RowsPlan:
         parts = {id(p): p for plan in some for p, _ in plan.terms or ()}.values()
         self._owners = list({id(o): o for p in parts for o in (p.holder, *p.common)}.values())
         self._reads = any(part.reads_weight for part in parts)
+        self._asks = any(part.method.asks for part in parts)
         self._gathered: tuple[Any, ...] | None = None
 
     def parameter(self, module: nn.Module, name: str, base: Any) -> Any:
@@ -131,7 +132,7 @@ class RowsPlan:
         for owner in self._owners:
             tensors += owner._parameters.values()
             tensors += owner._buffers.values()
-        fresh = torch.compiler.is_compiling() or any(map(Tensor.is_inference, tensors))
+        fresh = self._asks or torch.compiler.is_compiling() or any(map(Tensor.is_inference, tensors))
         fresh |= torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         key: tuple[Any, ...] = ()
         if not fresh:

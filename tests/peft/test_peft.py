@@ -543,6 +543,39 @@ def test_what_is_a_lora_in_the_end_is_one_to_peft(
         assert again.count() == 2 * adapter.count()
 
 
+TASKS = torch.tensor([2, 0])
+
+
+def output_of_tasks(model: nn.Module, **given: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return model(input_ids=torch.randint(3, 64, (2, 7)), **given).logits
+
+
+def test_poly_both_ways_with_a_task_for_each_row(tmp_path: Path) -> None:
+    base = made("llama")
+    config = peft.PolyConfig(r=3, n_tasks=3, n_skills=4, n_splits=2, target_modules=["q_proj", "k_proj", "down_proj"])
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    disturb(parameter for parameter in theirs.parameters() if parameter.requires_grad)
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = output_of_tasks(theirs.base_model, task_ids=TASKS)
+    assert (expected - output_of_tasks(theirs.base_model, task_ids=TASKS.flip(0))).abs().max() > 1e-3
+    adapter = at.load(base, tmp_path / "theirs")
+    adapter.give(task=TASKS)
+    torch.testing.assert_close(output_of_tasks(base), expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+    ours = made("bert")
+    adapter = at.adapt(ours, {"attention.query|mlp": at.Poly(tasks=3, rank=2, skills=3, splits=4, alpha=5.0)})
+    disturb(adapter.parameters())
+    adapter.give(task=TASKS)
+    expected = output_of_tasks(ours.eval())
+    adapter.save(tmp_path / "ours", format="peft")
+    again = peft.PeftModel.from_pretrained(made("bert"), tmp_path / "ours").eval()
+    torch.testing.assert_close(
+        output_of_tasks(again.base_model, task_ids=TASKS), expected, atol=TOLERANCE, rtol=TOLERANCE
+    )
+
+
 def test_peft_reads_frod_where_it_has_u_for_the_v_of_the_file(tmp_path: Path) -> None:
     # it finds U from the base and a V that it finds again, in which a last bit can turn directions
     _, expected, theirs = written("bert", {"attention.{query,value}|mlp": at.FRoD(density=0.1)}, tmp_path / "out")

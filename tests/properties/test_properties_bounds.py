@@ -44,6 +44,7 @@ FORMULAS = {
     "low_rank/mt_lora": lambda m, out, inputs, size: (m.both * m.rank + m.tasks * m.task_rank) * (out + inputs),
     "low_rank/conv_lora": lambda m, out, inputs, size: m.rank * (out + inputs),  # of a window of one
     "low_rank/miss": lambda m, out, inputs, size: m.rank * (m.shared_rows or out),
+    "low_rank/poly": lambda m, out, inputs, size: m.skills * (m.rank * (out + inputs) + m.tasks * m.splits),
     "low_rank/randlora": lambda m, out, inputs, size: -(-inputs // m.rank) * (m.rank + inputs),
     "low_rank/svfit": lambda m, out, inputs, size: m.rank,
     "low_rank/vera": lambda m, out, inputs, size: m.rank + out,

@@ -42,6 +42,7 @@ from attunement.methods.low_rank.olora import OLoRA
 from attunement.methods.low_rank.orthogonal_adaptation import OrthogonalAdaptation
 from attunement.methods.low_rank.peanut import PEANuT
 from attunement.methods.low_rank.pissa import PiSSA
+from attunement.methods.low_rank.poly import Poly
 from attunement.methods.low_rank.pvera import PVeRA
 from attunement.methods.low_rank.randlora import RandLoRA
 from attunement.methods.low_rank.share_lora import ShareLoRA
@@ -171,6 +172,7 @@ __all__ = [
     "PTuning",
     "PVeRA",
     "PiSSA",
+    "Poly",
     "Prefix",
     "Prompt",
     "RandLoRA",

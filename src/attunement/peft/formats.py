@@ -27,6 +27,7 @@ from attunement.methods.low_rank.olora import OLoRA
 from attunement.methods.low_rank.orthogonal_adaptation import OrthogonalAdaptation
 from attunement.methods.low_rank.peanut import PEANuT
 from attunement.methods.low_rank.pissa import PiSSA
+from attunement.methods.low_rank.poly import Poly
 from attunement.methods.low_rank.pvera import PVeRA
 from attunement.methods.low_rank.randlora import RandLoRA
 from attunement.methods.low_rank.share_lora import ShareLoRA
@@ -65,6 +66,7 @@ from attunement.peft.products import (
     LOKR,
     MISS,
     PEANUT,
+    POLY,
     RANDLORA,
     ROAD,
     VBLORA,
@@ -97,6 +99,7 @@ FORMATS: dict[type[Method], Format] = {
     PSOFT: PSOFT_,
     GLoRA: GLORA,
     PEANuT: PEANUT,
+    Poly: POLY,
     AdaLoRA: ADALORA,
     LoHa: LOHA,
     LoKr: LOKR,

@@ -22,6 +22,7 @@ from attunement.methods.low_rank.loha import LoHa
 from attunement.methods.low_rank.lokr import LoKr
 from attunement.methods.low_rank.miss import MiSS
 from attunement.methods.low_rank.peanut import PEANuT
+from attunement.methods.low_rank.poly import Poly
 from attunement.methods.low_rank.randlora import RandLoRA
 from attunement.methods.low_rank.vb_lora import VBLoRA
 from attunement.methods.orthogonal.road import RoAd
@@ -289,6 +290,41 @@ PEANUT = Format(
     write=_write_peanut,
     config=_config_peanut,
 )
+
+# --- Poly: its splits come first, and its factors are transposed ---
+
+
+def _read_poly(config: Config, module: str, layer: nn.Module, tensors: Named) -> tuple[Method, Named]:
+    A, B, logits = (tensors[f"poly_{word}"] for word in ("lora_A", "lora_B", "router.module_logits"))
+    splits, skills, _, rank = A.shape
+    return Poly(tasks=len(logits), rank=rank, skills=skills, splits=splits), {
+        "A": A.permute(1, 3, 0, 2).flatten(2),
+        "B": B.permute(1, 0, 3, 2).flatten(1, 2),
+        "logits": logits.unflatten(1, (splits, skills)),
+    }
+
+
+def _write_poly(part: Part, values: Named) -> Named:
+    poly: Any = part.method
+    return {
+        "poly_lora_A": values["A"].unflatten(2, (poly.splits, -1)).permute(2, 0, 3, 1),
+        "poly_lora_B": values["B"].unflatten(1, (poly.splits, -1)).permute(1, 0, 3, 2) * poly.alpha,
+        "poly_router.module_logits": values["logits"].flatten(1),
+    }
+
+
+POLY = dataclasses.replace(
+    plain(
+        "POLY",
+        Poly,
+        dict.fromkeys(("poly_lora_A", "poly_lora_B", "poly_router.module_logits"), ""),
+        {"r": "rank", "n_tasks": "tasks", "n_skills": "skills", "n_splits": "splits"},
+        passed_over=("poly_type",),
+    ),
+    read=_read_poly,
+    write=_write_poly,
+)
+
 
 # --- GLoRA: what is missing stands as zeros ---
 

@@ -227,9 +227,9 @@ def _tied_frod(part: Part, name: str) -> str | None:
 def _read_frod(config: Config, module: str, layer: nn.Module, tensors: Named) -> tuple[Method, Named]:
     V, (rows, columns), W = tensors["frod_V"], tensors["frod_s_indices"].long(), own(layer, "weight")
     W = W.mT if type(layer).__name__ == "Conv1D" else W
-    U, scales = frame(W, torch.linalg.inv(V.double()))
+    _, scales = frame(W, torch.linalg.inv(V.double()))
     method = FRoD(density=config.get("sparse_rate", 0.01), seed=config.get("projection_prng_key", 0))
-    values = {"scales": tensors["frod_lambda_l"], "turns": tensors["frod_lambda_s_values"], "U": U, "scales0": scales}
+    values = {"scales": tensors["frod_lambda_l"], "turns": tensors["frod_lambda_s_values"], "scales0": scales}
     return method, {**values, "V": V, "places": rows * V.shape[1] + columns}
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor
 
-from attunement.method import Tensors, WeightMethod, fixed, register
+from attunement.method import Tensors, WeightMethod, fixed, register, seeded
 from attunement.methods._sharing import kinds, lot, place, role, written
-from attunement.site import Site
+from attunement.site import Site, whole
+
+if TYPE_CHECKING:
+    from attunement.part import Part
 
 _inverses: WeakKeyDictionary[Site, Tensor] = WeakKeyDictionary()
 """What `shared` has found for `tensors`: the inverse of V for each of its sites."""
@@ -31,9 +35,9 @@ class FRoD(WeightMethod):
         seed: of the places. PEFT draws those of its roles in the order of their names, so that its files bring them.
 
     Start: scales as they are, turns zero. Only PEFT's port was read, which runs U (diag(scales) + S) V^T in place of W; as a
-    change it starts at W to the last bit. V, U, scales0 and the places are written with the adapter, as large as the matrices
-    themselves: where directions are nearly as strong, always where a role has one matrix, the last bit of W turns them, so
-    that V cannot be made again. PEFT writes V alone, and finds U for a V that it makes again at load.
+    change it starts at W to the last bit. V, scales0 and the places are written with the adapter: where directions are nearly
+    as strong, always where a role has one matrix, the last bit of W turns them, so that V cannot be made again. U follows
+    from the V of the file and the base. PEFT writes V too, and finds U for a V that it makes again at load.
     """
 
     placement: ClassVar[str] = "attention.{query,value}"
@@ -65,10 +69,18 @@ class FRoD(WeightMethod):
         return {
             "scales": scales.clone(),  # (in,)
             "turns": torch.zeros(min(max(1, int(n * n * self.density)), n * n - n)),  # (count,)
-            "U": fixed(U),  # (out, in)
+            "U": seeded(U),  # (out, in)
             "scales0": fixed(scales),  # (in,)
             "kind": written(lot(site, role).kind),
         }
+
+    def follow(self, parts: Sequence[Part]) -> None:
+        inverses: dict[int, Tensor] = {}
+        for part in parts:
+            kind = part.tensor("kind").shape[-1]
+            if kind not in inverses:
+                inverses[kind] = inverted(part.tensor(f"V{kind}"))
+            part.tensor("U").copy_(frame(whole(part.site.weight), inverses[kind])[0])
 
     def basis(self, weights: list[Tensor]) -> Tensor:
         """V (in, in) of the joint decomposition of matrices (out, in): PEFT's to the last bit, for which its files have U."""
@@ -105,7 +117,7 @@ def inverted(V: Tensor) -> Tensor:
 
 
 def frame(W: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """U (out, in) with columns of length one or zero, and scales (in,), W = U diag(scales) V^T, from the inverse of V."""
-    columns = W.double() @ inverse.mT  # (out, in)
-    scales = torch.linalg.vector_norm(columns, dim=0)
-    return columns * torch.where(scales > 1e-12, 1 / scales, 0.0), scales
+    """U (..., out, in) with columns of length one or zero, and scales (..., in): U diag(scales) V^T is W."""
+    columns = W.double() @ inverse.mT  # (..., out, in)
+    scales = torch.linalg.vector_norm(columns, dim=-2)  # (..., in)
+    return columns * torch.where(scales > 1e-12, 1 / scales, 0.0)[..., None, :], scales
