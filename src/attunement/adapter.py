@@ -174,9 +174,13 @@ class Adapter:
         self._trainable = bool(value)
         bench_of(self.model).mark()
 
-    def groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Parameter groups for an optimiser: `lr` and `weight_decay` times the factors of each method (LoRA+, ...)."""
-        for word, value in {"lr": lr, "weight_decay": weight_decay}.items():
+    def groups(self, lr: float, weight_decay: float = 0.0, head_lr: float | None = None) -> list[dict[str, Any]]:
+        """Parameter groups for an optimiser: `lr` and `weight_decay` times the factors of each method (LoRA+, ...).
+
+        `head_lr` takes the place of `lr` for task heads: new ones often want ten to a hundred times more than the rest.
+        """
+        head_lr = lr if head_lr is None else head_lr
+        for word, value in {"lr": lr, "weight_decay": weight_decay, "head_lr": head_lr}.items():
             if isinstance(value, (str, bool)) or not hasattr(value, "__float__"):
                 raise AttunementError(f"groups: {word} must be a number, got {value!r}")
         found: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -185,9 +189,10 @@ class Adapter:
             for owner in group.holders():
                 for name, parameter in owner.named_parameters():
                     factors = rates.get(name.partition(".")[0], {})
-                    key = (factors.get("lr", 1.0), factors.get("weight_decay", 1.0))
+                    own = factors.get("lr", 1.0) * (head_lr if group.on == "head" else lr)
+                    key = (own, weight_decay * factors.get("weight_decay", 1.0))
                     found.setdefault(key, []).append(parameter)
-        return [{"params": p, "lr": lr * a, "weight_decay": weight_decay * b} for (a, b), p in found.items()]
+        return [{"params": p, "lr": own, "weight_decay": decay} for (own, decay), p in found.items()]
 
     def penalty(self) -> Tensor:
         """The sum of the terms that its methods add to the loss; a 0-d zero where there are none."""

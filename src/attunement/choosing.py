@@ -59,8 +59,11 @@ def chosen(structure: Anatomy, recipe: Any, on: Any) -> list[Group]:
             raise AttunementError(f"adapt: {selection!r} must have a method such as LoRA(rank=8), got {method!r}")
     if all(method is None for _, method in pairs):
         raise AttunementError("adapt: the recipe has no method; 'head': None only leaves a head out")
-    names_head = any(isinstance(s, str) and re.search(r"(?<![A-Za-z0-9_])head(?![A-Za-z0-9_])", s) for s, _ in pairs)
-    heads = {} if names_head else {place.name: place for place in structure.task_heads}
+    heads = (
+        {}
+        if any(names_head(selection) for selection, _ in pairs)
+        else {place.name: place for place in structure.task_heads}
+    )
     groups = [_group(structure, selection, method, heads) for selection, method in pairs if method is not None]
     taken = {site.name for group in groups if group.method.acts_on == "parameter" for site in group.sites}
     if left := [place for name, place in heads.items() if name not in taken]:
@@ -72,6 +75,11 @@ def chosen(structure: Anatomy, recipe: Any, on: Any) -> list[Group]:
                 word = type(group.method).__name__
                 raise AttunementError(f"adapt: {site.key} is selected twice for {word}, by {before!r} and {group.on!r}")
     return groups
+
+
+def names_head(selection: Any) -> bool:
+    """Whether a selection speaks of task heads, which are then trained as it says and not as a matter of course."""
+    return isinstance(selection, str) and bool(re.search(r"(?<![A-Za-z0-9_])head(?![A-Za-z0-9_])", selection))
 
 
 def _group(

@@ -132,6 +132,20 @@ def test_rates_of_a_method_reach_the_optimizer(tmp_path: Path) -> None:
     assert {(group["lr"], group["weight_decay"]) for group in groups} == {(1e-2, 0.1), (0.16, 0.1)}
 
 
+def test_a_head_has_the_rate_that_is_asked_for(tmp_path: Path) -> None:
+    adapted = model()
+    adapter = at.adapt(adapted, at.LoRA(rank=3, lora_plus=4), on="attention.query")
+    assert {group["lr"]: len(group["params"]) for group in adapter.groups(lr=1e-3, head_lr=0.1)} == {
+        1e-3: 2,
+        4e-3: 2,
+        0.1: 2,
+    }
+    with pytest.raises(at.AttunementError, match="head_lr must be a number"):
+        adapter.groups(lr=1e-3, head_lr="fast")  # type: ignore[arg-type]
+    trainer = at.Trainer(adapted, arguments(tmp_path, learning_rate=1e-3), head_learning_rate=0.1)
+    assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {1e-3, 4e-3, 0.1}
+
+
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_a_penalty_is_added_once_in_training_and_never_in_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulated: int

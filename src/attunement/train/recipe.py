@@ -62,6 +62,8 @@ class Training(Section):
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Ten times what full fine-tuning takes: few tensors, far from where they end."""
+    head_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """That of task heads; the same by default. A new head often wants ten to a hundred times more than the rest."""
     num_train_epochs: Annotated[float, Field(gt=0)] = 3
     """Passes over the training rows."""
     per_device_train_batch_size: Annotated[int, Field(gt=0)] = 32
@@ -159,7 +161,7 @@ class Recipe(Section):
         ours = {"seed": self.seed, "output_dir": self.output, "remove_unused_columns": not self.task.lazy}
         if self.task.lazy and self.training.train_sampling_strategy == "group_by_length":
             ours["train_sampling_strategy"] = "random"  # pictures have one size
-        return self.training.model_dump() | ours
+        return self.training.model_dump(exclude={"head_learning_rate"}) | ours
 
     def plain(self) -> dict[str, Any]:
         """The recipe as plain data; `load` of it as YAML gives the recipe again."""

@@ -85,6 +85,7 @@ class Run:
             compute_metrics=task.metrics,
             preprocess_logits_for_metrics=task.for_metrics,
             callbacks=list(callbacks),
+            head_learning_rate=self.recipe.training.head_learning_rate,
         )
         trainer.remove_callback(transformers.PrinterCallback)
         return trainer

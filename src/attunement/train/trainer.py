@@ -68,7 +68,7 @@ def check_trains(model: nn.Module) -> dict[str, Adapter]:
 
 
 class Trainer(transformers.Trainer):
-    """`transformers.Trainer` for adapted models; takes and gives the same.
+    """`transformers.Trainer` for adapted models; takes and gives the same, and `head_learning_rate` for task heads.
 
     What differs: the optimizer gets the learning rate and weight decay of each method (`adapter.groups`); the loss gets
     `adapter.penalty()`; columns that a method asks for (`task`) go to `adapter.give`; `adapter.before_step()` runs when
@@ -96,7 +96,10 @@ class Trainer(transformers.Trainer):
     asked = (0, 0)
     step_inputs: dict[str, Any] | None = None
 
-    def __init__(self, model: nn.Module | None = None, *args: Any, **kwargs: Any):
+    def __init__(
+        self, model: nn.Module | None = None, *args: Any, head_learning_rate: float | None = None, **kwargs: Any
+    ):
+        self.head_learning_rate = head_learning_rate
         # `transformers` refuses to train a quantised base unless this attribute says that something else is trained.
         # It stays for the check alone: `save_pretrained` and others read it as "PEFT is in here".
         quantised = getattr(model, "is_quantized", False) and bool(at.adapters(model)) if model is not None else False
@@ -190,7 +193,8 @@ class Trainer(transformers.Trainer):
                     f"Trainer: the optimizer {self.args.optim!r} arranges the parameters itself and would pass over "
                     "the rates of the methods; expected one such as 'adamw_torch', 'adafactor' or 'sgd'"
                 )
-            rates = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
+            rates: dict[str, Any] = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
+            rates["head_lr"] = self.head_learning_rate
             groups = [g for adapter in trained_adapters(self.adapted).values() for g in adapter.groups(**rates)]
             self.optimizer = make(groups, **options)
         return self.optimizer
