@@ -143,7 +143,7 @@ class SequencePart(Part):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         with torch.no_grad():
-            self.count = self.made().shape[0]
+            self.count = self.made().shape[-2]
         self.start = first_position(self.site.module)
         self.within = self.site.first is not None and self.site.first is self.site.last
 
@@ -160,9 +160,16 @@ class SequencePart(Part):
             yield site.last, "output"
 
     def made(self) -> Tensor:
-        """The tokens, (count, width)."""
+        """The tokens, (count, width), or (rows, count, width) where each row has its own."""
         made: Tensor = self.method.tokens(**self.values("tokens"))  # type: ignore[attr-defined]
         return self.dropped(made, self.site.module.training)
+
+    def of_rows(self, batch: int) -> Tensor:
+        """The tokens, (batch, count, width); those of a row are repeated for what it was expanded to, such as beams."""
+        made = self.made()
+        if made.dim() == 3 and batch % len(made):
+            raise AttunementError(f"{self.key}: tokens are made for {len(made)} rows, and the batch has {batch}")
+        return made.expand(batch, -1, -1) if made.dim() == 2 else made.repeat_interleave(batch // len(made), dim=0)
 
     # around blocks
 
@@ -178,7 +185,7 @@ class SequencePart(Part):
             raise AttunementError(
                 f"{self.key}: hidden states (batch, tokens, width) are expected, got {tuple(x.shape)}"
             )
-        new = self.made().to(x.dtype).expand(x.shape[0], -1, -1)
+        new = self.of_rows(x.shape[0]).to(x.dtype)
         return torch.cat((new, x) if self.within else (x, new), dim=1)
 
     def left(self, x: Tensor | None, y: Tensor) -> Tensor:
@@ -231,7 +238,7 @@ class SequencePart(Part):
         if later:
             return call((), given)
         self._check(given, embeds)
-        given["inputs_embeds"] = self._joined(embeds, self.made(), placed)
+        given["inputs_embeds"] = self._joined(embeds, self.of_rows(embeds.shape[0]), placed)
         if (types := given.get("token_type_ids")) is not None:
             given["token_type_ids"] = self._longer(types, placed, 0)
         out = call((), given)
@@ -262,7 +269,7 @@ class SequencePart(Part):
 
     def _joined(self, x: Tensor, new: Tensor, placed: Tensor | None) -> Tensor:
         """x (batch, tokens, width) with the new tokens before it, or behind the pads that begin a row."""
-        both = torch.cat((new.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)
+        both = torch.cat((new.to(x.dtype), x), dim=1)
         if placed is None:
             return both
         index = self._order(placed)

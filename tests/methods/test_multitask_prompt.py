@@ -30,6 +30,11 @@ def test_is_the_shared_prompt_times_that_of_the_task():
     torch.testing.assert_close(model(IDS).logits, expected(P * (U[1] @ V[1])))
     adapter.give(task=torch.tensor([2, 0, 2]))
     torch.testing.assert_close(model(IDS).logits, expected(torch.stack([P * (U[k] @ V[k]) for k in (2, 0, 2)])))
+    at.use(model, adapter.name)  # resolved anew, with a task for each row told
+    two = torch.cat((IDS, IDS)).unflatten(0, (2, 3)).transpose(0, 1).flatten(0, 1)  # each row twice, as beams have it
+    torch.testing.assert_close(model(two).logits[::2], model(IDS).logits)
+    with pytest.raises(at.AttunementError, match="tokens are made for 3 rows, and the batch has 4"):
+        model(IDS[[0, 1, 2, 0]])
     adapter.give(task=3)
     with pytest.raises(at.AttunementError, match="task must be from 0 to 2, got 3"):
         model(IDS)
