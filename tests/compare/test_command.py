@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import yaml
 from rich.console import Console
 from tiny_studies import plain
 
-from attunement.compare import records, trial
+from attunement.compare import command, records, trial
 from attunement.compare.command import Display
 from attunement.compare.engine import Tally
+from attunement.compare.study import Study
+from attunement.compare.together import launcher
 from attunement.compare.trial import Outcome
 
 
@@ -33,6 +36,12 @@ from attunement.compare.trial import Outcome
         (["--demo", "--on", "rey"], "--on must be one of local, ray, got 'rey'; nearest: 'ray'"),
         (["--model", "m", "--data", "d.csv", "--methods", "lorra"], "there is no 'lorra'; nearest: "),
         (["--model", "m", "--data", "d.csv", "--budget", "soon"], "got 'soon'"),
+        (["study.yaml", "--columns", "text=a"], "--columns goes with --model and --data; study.yaml has its own"),
+        (
+            ["--model", "m", "--data", "d.csv", "--columns", "question"],
+            "must be ROLE=COLUMN,..., such as text=question",
+        ),
+        (["--model", "m", "--data", "d.csv", "--columns", "txt=a"], "has no role 'txt'; it has text, text_pair, label"),
     ],
 )
 def test_a_refusal_is_one_sentence(attune: Any, arguments: list[str], sentence: str) -> None:
@@ -48,16 +57,70 @@ def test_a_study_from_the_command_line(attune: Any, tmp_path: Path, bert: Path, 
     file.write_text(yaml.safe_dump(values))
     code, said, errors = attune("compare", file)
     assert code == 0, errors
-    assert "7/7" in said
+    counts = [line.split()[0] for line in said.splitlines() if "/7 " in line]
+    assert counts == [f"{done}/7" for done in range(1, 8)], "what is refused is never counted"
+    last = next(line for line in said.splitlines() if line.startswith("7/7 "))
+    assert "left" not in last
     assert ": wide: adapt: LoRA" in said
     assert "with one seed nothing can be said of the differences" in said
-    assert "the arena itself added" in said
+    assert "; the arena itself added " in said
+    assert "%" not in said.partition("the arena itself added ")[2].partition("\n")[0], "a share of a few seconds"
     assert str(tmp_path / "study" / "report.html") in said
     code, said, _ = attune("compare", file)
     assert (code, "/7 " in said) == (0, False), "nothing was left to do"
     (tmp_path / "study" / "report.html").unlink()
     assert attune("compare", file, "--report")[0] == 0
-    assert (tmp_path / "study" / "report.html").is_file()
+    page = tmp_path / "study" / "report.html"
+    before = page.read_text()
+    file.write_text(yaml.safe_dump(values | {"seeds": 2}))
+    code, said, errors = attune("compare", file, "--report")
+    assert (code, said, errors.count("\n")) == (2, "", 1)
+    assert "was found with other settings: seeds was 1 and is now 2; set them back" in errors
+    file.write_text(yaml.safe_dump(values | {"methods": [*values["methods"], "ia3"]}))
+    code, said, _ = attune("compare", file, "--report")
+    assert code == 0
+    assert "Not on the page, as they have not run: 'ia3'; without --report they are run." in said
+    assert page.read_text() == before
+
+
+def test_columns_are_named_on_the_command_line(attune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.csv").write_text("question,intent\nwhere is it?,card\nhow much?,fee\n")
+    asked: list[Study] = []
+    monkeypatch.setattr(command, "run", lambda _console, study, *_: asked.append(study))
+    options = ("--model", "m", "--data", tmp_path / "rows.csv", "--columns", "text=question, label=intent")
+    assert attune("compare", *options)[0] == 0
+    task = asked[0].tasks["rows"]
+    assert task.data.read(task.data.train, task.task.roles)["label"] == ["card", "fee"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, "accelerate launch --num_processes 3 --multi_gpu -m attunement"),
+        ({"TORCHELASTIC_RUN_ID": "x"}, "torchrun --nproc-per-node 3 -m attunement"),
+        ({}, "accelerate launch --num_processes 3 -m attunement, or torchrun --nproc-per-node 3 -m attunement"),
+    ],
+)
+def test_a_study_of_several_processes_goes_on_as_it_was_started(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: str
+) -> None:
+    for name in [one for one in os.environ if one.startswith(("ACCELERATE_", "TORCHELASTIC_"))]:
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert launcher(3) == expected
+
+
+def test_several_processes_that_accelerate_did_not_start_are_missed(
+    attune: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    code, said, errors = attune("compare", "--demo")
+    assert (code, said, errors.count("\n")) == (2, "", 1)
+    assert "it started one, as it does where there are no several GPUs; use torchrun --nproc-per-node 2" in errors
 
 
 def test_a_model_that_is_not_there_is_one_sentence(attune: Any, tmp_path: Path, bert: Path) -> None:
@@ -73,11 +136,14 @@ def test_the_time_left_is_that_of_trials_that_train(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     display = Display(Console(quiet=True))
     said = []
-    for now[0], done, still in ((0, 10, 0), (1, 13, 3), (600, 15, 3), (1200, 17, 3)):
-        tally = Tally(total=37, done=done, still=still)
+    for now[0], done, spent in ((0, 10, 1000), (1, 13, 1000), (600, 15, 1200), (1200, 17, 1400)):
+        tally = Tally(total=37, done=done, still=3 * (done > 10), spent=spent, ahead=3400 - spent)
         display(tally)
         said.append(display._left(tally))
-    assert said == ["", "", "about 1.8 h left", "about 1.7 h left"], "two were done every 600 s, by any process"
+    assert said == ["", "", "about 1.8 h left", "about 1.7 h left"], "of 200 s of trials every 600 s, by any process"
+    assert display._left(Tally(done=17, still=3, spent=1400, ahead=2000, left=90)) == "about 2 min left", "the budget"
+    assert display._left(Tally(done=17, still=3, spent=1400, ahead=10)) == "less than a minute left"
+    assert display._left(Tally(done=37, still=3, spent=3400)) == "", "nothing is left"
 
 
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
@@ -86,8 +152,8 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
     values = plain(tmp_path, bert, search={"trials": 1, "spread": 1}, seeds=1)
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "attunement", "compare", str(file)]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    typed = [sys.executable, "-m", "attunement", "compare", str(file)]
+    running = subprocess.Popen(typed, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     table = tmp_path / "study" / records.TRIALS
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and running.poll() is None:

@@ -28,6 +28,22 @@ def test_one_value_has_no_interval() -> None:
     assert (made.mean, made.low, made.high, made.half) == (0.5, None, None, None)
 
 
+def test_equal_seeds_say_nothing_of_how_far_apart_seeds_lie() -> None:
+    made = estimate(of([0.75, 0.75]))
+    assert (made.mean, made.low, made.high) == (0.75, None, None)
+    apart = compare(of([0.75, 0.75]), {"other": of([0.5, 0.5])})["other"]
+    assert (apart.mean, apart.low, apart.p, apart.sure) == (0.25, None, 1.0, False)
+    lent = compare(of([0.75, 0.75]), {"other": of([0.5, 0.5])}, Prior(1e-4, 20))["other"]
+    assert lent.sure, "the other pairs of a study know how far apart seeds lie"
+
+
+def test_an_interval_ends_where_no_value_can_be() -> None:
+    made = estimate(of([0.01, 0.09, 0.02])).within(0, 1)
+    assert (made.low, made.high) == (0.0, estimate(of([0.01, 0.09, 0.02])).high)
+    assert estimate(of([0.99, 0.91, 0.98])).within(0, 1).high == 1.0
+    assert estimate(of([0.5])).within(0, 1).low is None
+
+
 def test_what_differs_between_tasks_is_no_noise() -> None:
     easy, hard = [0.90, 0.92, 0.91], [0.50, 0.52, 0.51]
     made = estimate({**of(easy, "easy"), **of(hard, "hard")})

@@ -22,10 +22,11 @@ import yaml
 from tiny_studies import plain
 
 import attunement as at
-from attunement.compare import database, records
+from attunement.compare import database, records, report
 from attunement.compare import trial as trials
 from attunement.compare.database import difference, good
-from attunement.compare.engine import Engine, best_rate, spread
+from attunement.compare.engine import Engine, Tally, best_rate, spread
+from attunement.compare.records import Progress, Trial
 from attunement.compare.study import Study, entries, made
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -177,6 +178,32 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
     assert figures(study) == figures(straight)
 
 
+def test_a_trial_waits_for_a_server_that_starts_again(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny(seeds=1))
+    engine.base.file = None  # as where it is on a server
+    line, slept, failures = engine.lines[0], [], [None, None]
+    trial = line.claim("final", 0, optuna.samplers.RandomSampler())
+    assert trial is not None
+    real = optuna.Trial.set_user_attr
+
+    def away(self: optuna.Trial, key: str, value: Any) -> None:
+        if key == "record" and failures:
+            failures.pop()
+            raise optuna.exceptions.StorageInternalError("connection refused")
+        real(self, key, value)
+
+    monkeypatch.setattr(optuna.Trial, "set_user_attr", away)
+    monkeypatch.setattr(database.time, "sleep", slept.append)
+    record = Trial(id="x", task="tiny", method="baseline/zero-shot", label="zero-shot", quality=0.5)
+    line.finish("final", trial, record)
+    assert slept == [1.0, 2.0]
+    assert [one.quality for one in line.records()] == [0.5]
+    failures.extend([None] * 99)
+    with pytest.raises(at.AttunementError, match="cannot be used: connection refused"):
+        line.finish("final", trial, record)
+    assert sum(slept) > 60
+
+
 def test_what_crashes_diverges_or_cannot_act_is_recorded_and_the_study_goes_on(tiny: Any, registered: Any) -> None:
     @registered("test/crashing", source="here")
     class Crashing(at.WeightMethod):
@@ -214,6 +241,79 @@ def test_what_crashes_diverges_or_cannot_act_is_recorded_and_the_study_goes_on(t
     assert [one.state for one in of["lora"]] == ["done"] * 4
     assert Engine(study).next() is None
     assert tally.missing == []
+
+
+def test_where_every_method_is_refused_nothing_is_trained(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "run", lambda *_: pytest.fail("a trial began"))
+    study = tiny(methods=["prompts/vpt", "hyperformer"])
+    for _ in range(2):
+        with pytest.raises(
+            at.AttunementError, match=r"^study 'tiny': none of the methods can act on the model: vpt: .*; hyperformer: "
+        ):
+            Engine(study).work()
+    assert {one.label for one in records.read(study.folder).trials} == {"vpt", "hyperformer"}
+
+
+def test_a_study_that_was_stopped_says_how_far_it_is(tiny: Any, attune: Any) -> None:
+    study = tiny(methods=[{"method": "lora", "rank": 2}, "ia3", "prompts/vpt"])
+    seen: list[tuple[int, int]] = []
+
+    def watch(tally: Tally) -> None:
+        seen.append((tally.done, tally.total))
+        if tally.done == 16 and len(seen) > 16:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Engine(study, watch).work()
+    assert {total for done, total in seen if done} == {18}, "what is refused is known before the first trial"
+    assert records.read(study.folder).progress == Progress(done=16, total=18, complete=2, methods=3)
+    said = "This study is not finished: 16 of 18 trials are done, and 2 of 3 methods are complete"
+    assert f"{said}; attune compare goes on with it." in attune("recommend", study.folder)[1]
+    assert json.loads(attune("recommend", study.folder, "--json")[1])["notes"][0].startswith(said)
+    report.write(study.folder)
+    assert f"{said}." in (study.folder / "report.html").read_text(encoding="utf-8")
+    tally = Engine(study).work()
+    assert (tally.done, tally.total, tally.ahead) == (18, 18, 0.0)
+    assert records.read(study.folder).progress is None
+    assert "not finished" not in (study.folder / "report.html").read_text(encoding="utf-8")
+    assert "not finished" not in attune("recommend", study.folder)[1]
+
+
+def test_what_others_did_does_not_make_the_total_jump(tiny: Any) -> None:
+    study = tiny()
+    one, other = Engine(study), Engine(study)
+    one.refresh(every=True)
+    assert (one.tally.done, one.tally.total) == (0, 14)
+    other.work()
+    assert one.next() is None
+    one.looking = 1e9  # it is not yet time to look at all of them
+    one.refresh()
+    assert (one.tally.done, one.tally.total) == (14, 14)
+
+
+def test_the_time_to_come_is_that_of_trials_alike(straight: Study) -> None:
+    engine = Engine(straight)
+    lines = {line.entry.label: line for line in engine.lines}
+    engine.found = {id(line): [] for line in engine.lines}
+    common = {"task": "tiny", "quality": 0.5}
+
+    def made(label: str, stage: str, seconds: float) -> Trial:
+        method = lines[label].entry.method
+        return Trial(id=f"{label}{stage}", label=label, method=method, stage=stage, seconds=seconds, **common)
+
+    full, lora = lines["full fine-tuning"], lines["lora (rank=2)"]
+    found = [made("full fine-tuning", "search", 10.0), made("lora (rank=2)", "search", 1.0)]
+    engine._forecast(found, {id(line): (0, 0) for line in engine.lines} | {id(full): (2, 0), id(lora): (2, 0)})
+    assert (engine.tally.spent, engine.tally.ahead) == (11.0, 22.0), "each takes what it took before"
+    probe = lines["linear probe"]
+    engine._forecast(found, {id(line): (0, 0) for line in engine.lines} | {id(probe): (1, 0)})
+    assert engine.tally.ahead == 5.5, "one that is new takes what the others take"
+    found.append(made("full fine-tuning", "final", 30.0))
+    engine._forecast(found, {id(line): (0, 0) for line in engine.lines} | {id(lora): (0, 2)})
+    assert engine.tally.ahead == 60.0, "a final run takes what final runs take"
+    many = [replace(found[1], label=f"m{i}", seconds=2.0) for i in range(5)]
+    engine._forecast([found[0], *many], {id(line): (0, 0) for line in engine.lines} | {id(lora): (3, 0)})
+    assert engine.tally.ahead == 6.0, "of methods enough are known to leave full fine-tuning out"
 
 
 def test_a_budget_ends_every_search_after_the_same_number(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import synthetic
+from PIL import Image
 
 from attunement.compare import records, report
 from attunement.compare.records import Trial
@@ -17,6 +19,7 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not in
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
@@ -185,6 +188,32 @@ def test_the_table_sorts_by_keyboard_and_says_so(show: Show) -> None:
     ).startswith("sorted by Method, ascending")
     ActionChains(browser).send_keys(Keys.SPACE).perform()
     assert labels(browser) == sorted(labels(browser), key=str.lower, reverse=True)
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_a_table_that_goes_on_shows_it_and_is_scrolled_by_keyboard(
+    show: Show, size: tuple[int, int], dark: bool
+) -> None:
+    browser = show(size, dark)
+    (table,) = seen(browser, "#table .wide")
+    assert (table.aria_role, table.accessible_name) == ("region", "All measurements on banking77, scrolls")
+
+    def edge() -> float:
+        """How far the right edge is from the colour of the page, beside the caption, at most."""
+        browser.execute_script("arguments[0].scrollIntoView(); arguments[0].scrollTop = 0", table)
+        picture = Image.open(io.BytesIO(table.screenshot_as_png)).convert("L")
+        inner = browser.execute_script("return arguments[0].clientWidth", table)
+        paper = picture.getpixel((inner - 120, 3))
+        shaded = range(inner - 24, inner - 8)  # over the last ones a phone draws its bar
+        return max(abs(picture.getpixel((x, 3)) - paper) for x in shaded)
+
+    assert edge() > 25
+    browser.execute_script("arguments[0].focus()", table)
+    ActionChains(browser).send_keys(Keys.ARROW_RIGHT).perform()
+    WebDriverWait(browser, 5).until(lambda _: browser.execute_script("return arguments[0].scrollLeft", table) > 0)
+    browser.execute_script("arguments[0].scrollLeft = 1e6", table)
+    assert edge() <= 2
 
 
 def test_the_filter_leaves_what_fits(show: Show) -> None:

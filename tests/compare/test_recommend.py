@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -106,6 +107,24 @@ def test_a_limit_that_nothing_meets_names_what_comes_nearest(folder: Path) -> No
         AttunementError, match=r"no method of made up stays within 1\.0 MB peak memory; nearest: \w.* with \d"
     ):
         choices(records.read(folder), {"memory": 1e6})
+
+
+def test_it_is_said_where_nothing_beats_the_model_as_it_is(folder: Path, tmp_path: Path) -> None:
+    assert "beats zero-shot" not in run(str(folder), "--task", "mrpc")
+    known = records.read(folder)
+    top = [dataclasses.replace(t, quality=0.99) if t.method == table.STILL else t for t in known.trials]
+    records.write(tmp_path, known.settings, top)
+    said = "No method beats zero-shot. The model as it is, without any training, has 99.0 %, and none of the"
+    assert said in run(str(tmp_path), "--task", "mrpc")
+    assert json.loads(run(str(tmp_path), "--task", "mrpc", "--json"))["notes"][0].startswith(said)
+
+
+def test_a_study_of_old_that_lacks_runs_is_not_finished(folder: Path, tmp_path: Path) -> None:
+    known = records.read(folder)
+    left = [t for t in known.trials if not (t.task == "mrpc" and t.label == "ia3" and t.stage == "final" and t.seed)]
+    records.write(tmp_path, known.settings, left)
+    assert "This study is not finished: ia3 (1 of 3 final runs)." in run(str(tmp_path), "--task", "mrpc")
+    assert "not finished" not in run(str(tmp_path), "--task", "banking77")
 
 
 def test_unknown_studies_and_tasks_are_refused_with_the_nearest(

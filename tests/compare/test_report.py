@@ -101,6 +101,65 @@ def test_one_seed_decides_nothing() -> None:
     assert "with one seed nothing can be said" in first.sentence
 
 
+def test_equal_seeds_decide_nothing() -> None:
+    study = simple({"a": [0.9, 0.9], "b": [0.1, 0.1]})
+    ranked = table.rows(study)["t"]
+    first = findings.findings(study, ranked)[0]
+    assert first.answer == "Not to be told"
+    assert "where all seeds came to the same nothing can be said of the differences" in first.sentence
+    page = report.page(study)
+    assert "no interval, as each of 2 runs came to the same difference" in page
+    near = simple({"a": [0.9, 0.9, 0.9], "b": [0.8, 0.99, 0.89], "c": [0.2, 0.21, 0.3]})
+    ranked = table.rows(near)["t"]
+    assert [row.level for row in ranked] == [False, True, False], "the best has no interval: those of the others decide"
+
+
+def still(values: dict[str, list[float]], bare: list[float], metric: str = "accuracy") -> findings.Finding | None:
+    """What is found of methods, full fine-tuning and the model as it is."""
+    names = {"full fine-tuning": "baseline/full", "zero-shot": "baseline/zero-shot"}
+    trials = [
+        dataclasses.replace(trial, method=names.get(trial.label, trial.method))
+        for trial in simple(values | {"zero-shot": bare}, metric=metric).trials
+    ]
+    study = Study("still", {}, tuple(trials))
+    found = findings.findings(study, table.rows(study)["t"])
+    assert (found[0].title == findings.NO_GAIN) == ("zero-shot</dd>" in report.page(study))
+    return found[0] if found[0].title == findings.NO_GAIN else None
+
+
+def test_it_is_said_where_no_method_beats_the_model_as_it_is() -> None:
+    below = still({"a": [0.60, 0.61, 0.62], "b": [0.5, 0.52, 0.51]}, [0.7])
+    assert below.answer == "No method beats zero-shot"
+    assert below.sentence == (
+        "The model as it is, without any training, has 70.0 %, and none of the 2 methods is better."
+    )
+    full = still({"a": [0.60, 0.61, 0.62], "full fine-tuning": [0.90, 0.91, 0.92]}, [0.7])
+    assert full.sentence.endswith("has 70.0 %, and a is not better. Better is only full fine-tuning.")
+    near = still({"a": [0.60, 0.81, 0.72], "b": [0.5, 0.52, 0.51]}, [0.7])
+    assert near.answer == "No method surely beats zero-shot"
+    assert near.sentence.endswith("that of a, lies 1.0 points above it, and that may be chance.")
+    alone = still({"a": [0.8]}, [0.7])
+    assert alone.sentence.endswith("10.0 points above it, and with one seed nothing can be said of the differences.")
+    assert still({"a": [0.80, 0.81, 0.82], "b": [0.5, 0.52, 0.51]}, [0.7]) is None
+    assert still({"a": [1.60, 1.61, 1.62]}, [2.7], "loss") is None
+    assert still({"a": [2.80, 2.81, 2.82]}, [2.7], "loss").answer == "No method beats zero-shot"
+
+
+def test_intervals_stay_where_values_can_be() -> None:
+    study = simple({"a": [0.99, 0.91, 0.98], "b": [0.5, 0.52, 0.51]}, calibration=None)
+    errors = {("a", 0): 0.01, ("a", 1): 0.09, ("a", 2): 0.02}
+    trials = [dataclasses.replace(t, calibration=errors.get((t.label, t.seed))) for t in study.trials]
+    study = Study("ends", {}, tuple(trials))
+    row = table.rows(study)["t"][0]
+    assert (row.values["calibration"].low, row.values["quality"].high) == (0.0, 1.0)
+    assert (markup.SPREAD[:2], table.window([row])[1]) == (("quality", "calibration"), 1.0)
+    line = next(line for line in report.page(study).split("<tr ") if 'data-v="a"' in line)
+    assert '0.040 <span class="half">0.000 to 0.148</span>' in line
+    assert '96.0 % <span class="half">85.2 to 100.0</span>' in line
+    kept = next(line for line in report.page(study).split("<tr ") if 'data-v="b"' in line)
+    assert '51.0 % <span class="half">± 2.5</span>' in kept
+
+
 def test_less_is_better_for_a_loss() -> None:
     study = simple({"a": [2.9, 2.91, 2.9], "b": [2.1, 2.12, 2.11]}, metric="loss", trainable=5)
     ranked = table.rows(study)["t"]

@@ -10,7 +10,8 @@ import pytest
 from tiny_studies import plain
 
 import attunement as at
-from attunement.compare.study import entries, load, made, seconds
+from attunement.compare.database import difference
+from attunement.compare.study import entries, load, made, masked, seconds
 from attunement.compare.trial import Ground, split
 from attunement.errors import AttunementError
 
@@ -47,12 +48,71 @@ def test_methods_are_named_expanded_and_labelled(tiny: Any) -> None:
         ({"budget": "soon"}, "expected a length of time such as 90s, 30m or 2h, got 'soon'"),
         ({"name": "../up"}, "name must be 1 to 64 letters"),
         ({"tasks": {}}, "stands beside 'tasks'"),
+        ({"task": {"kind": "classification", "poling": "mean"}}, "unknown key 'task.poling'; known here: .*'pooling'"),
+        ({"task": None}, "^tiny: task must have keys of its own"),
     ],
 )
 def test_a_refusal_is_one_sentence(tiny: Any, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(AttunementError, match=sentence) as caught:
         tiny(**changes)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [
+        ({"model": "m", "data": "d.csv"}, "s: the key 'tasks.bad.task' is missing"),
+        (
+            {"model": "m", "data": "d.csv", "tsk": "classification"},
+            "s: unknown key 'tasks.bad.tsk'; known here: model, data, task, .*; nearest: 'task'",
+        ),
+        ({"model": "m", "data": {"trian": "d.csv"}, "task": "classification"}, "'tasks.bad.data.trian'; .* 'train'"),
+        (
+            {"model": "m", "data": "d.csv", "task": {"kind": "regression", "lables": []}},
+            "'tasks.bad.task.lables'; known",
+        ),
+        ({"model": "m", "data": 3, "task": "classification"}, r"bad.data must have keys of its own \(source, config"),
+    ],
+)
+def test_in_one_of_several_tasks_the_fault_is_named(task: dict[str, Any], sentence: str) -> None:
+    good = {"model": "m", "data": "d.csv", "task": "classification"}
+    with pytest.raises(AttunementError, match=sentence):
+        made({"name": "s", "methods": ["lora"], "tasks": {"good": good, "bad": task}}, "s")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://me:s3/cret@host:5432/studies", "postgresql://me:***@host:5432/studies"),
+        (
+            "postgresql+psycopg://me:s3@cret@host/x?sslmode=require",
+            "postgresql+psycopg://me:***@host/x?sslmode=require",
+        ),
+        ("postgresql://host/x?user=me&password=s3cret", "postgresql://host/x?user=me&password=***"),
+        ("postgresql:/me:s3cret@host/x", "postgresql:***@host/x"),
+        (
+            "compare a.yaml --storage 'postgresql://me:s3 cret@h/x' -h",
+            "compare a.yaml --storage 'postgresql://me:***@h/x' -h",
+        ),
+        ("postgresql://me@host/x", "postgresql://me@host/x"),
+        ("sqlite:////runs/compare/x/study.db", "sqlite:////runs/compare/x/study.db"),
+    ],
+)
+def test_passwords_are_not_shown(text: str, shown: str) -> None:
+    assert masked(text) == shown
+
+
+def test_the_password_of_the_database_is_in_no_settings(tiny: Any) -> None:
+    study = tiny(storage="postgresql://me:s3cret@host/studies")
+    assert study.settings()["storage"] == "postgresql://me:***@host/studies"
+    assert study.url == study.plain()["storage"] == "postgresql://me:s3cret@host/studies", "what opens it has it"
+
+
+def test_a_path_may_be_seen_from_elsewhere() -> None:
+    for here, there in (("rows/train.csv", "/home/me/rows/train.csv"), ("/home/me/rows/train.csv", "train.csv")):
+        assert difference({"data": {"train": here}}, {"data": {"train": there}}) == ""
+    assert "train" in difference({"data": {"train": "train.csv"}}, {"data": {"train": "/home/me/test.csv"}})
+    assert "train" in difference({"data": {"train": "rain.csv"}}, {"data": {"train": "/home/me/train.csv"}})
 
 
 def test_files_are_found_beside_the_study(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +188,13 @@ def test_data_that_cannot_be_compared_on_are_refused(tiny: Any, tmp_path: Path) 
     study = tiny(data={"train": str(tmp_path / "train.csv"), "test": str(tmp_path / "tst.csv")})
     with pytest.raises(AttunementError, match=r"there is no file '.*tst.csv'; nearest: '.*test.csv'"):
         Ground("x", next(iter(study.tasks.values())), study.search, tmp_path)
+    names = "a line with the names of the columns and rows below it"
+    empty = (("none.csv", "", names), ("none.csv", "text,label\n", names), ("none.jsonl", "", "at least one row"))
+    for name, text, wanted in empty:
+        (tmp_path / name).write_text(text)
+        study = tiny(data={"train": str(tmp_path / name)})
+        with pytest.raises(AttunementError, match=rf"{name} has no rows: expected {wanted}$"):
+            Ground("x", next(iter(study.tasks.values())), study.search, tmp_path)
     short = tmp_path / "short.csv"
     short.write_text("text,label\na film,up\n")
     study = tiny(data={"train": str(short)})

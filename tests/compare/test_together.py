@@ -101,6 +101,22 @@ def test_two_processes_run_a_study_once(pair: tuple[Study, str]) -> None:
     assert (study.folder / "report.html").is_file()
 
 
+def test_accelerate_starts_the_same(tmp_path: Path, bert: Path) -> None:
+    search = {"trials": 1, "spread": 1, "evaluations": 1, "low": 1e-3, "high": 1e-1, "known": False}
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(plain(tmp_path, bert, search=search, seeds=1)))
+    launch = ("-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2")
+    given = ("--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no")
+    command = [sys.executable, *launch, *given, "-m", "attunement", "compare", str(file)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("7/7 ") == 1, "one process shows the progress"
+    found = records.read(tmp_path / "study")
+    assert (len(found.trials), found.settings["processes"]) == (7, 2)
+    assert {one.steps for one in found.trials if one.stage == "final"} == {0, 3}, "48 rows, 16 a step"
+
+
 def test_what_goes_wrong_in_one_of_them_is_recorded_and_the_study_goes_on(pair: tuple[Study, str]) -> None:
     found = {one.label: one for one in records.read(pair[0].folder).trials if one.stage == "search"}
     assert (found["crashing"].state, found["crashing"].error) == ("failed", "process 1: RuntimeError: no luck")
@@ -134,7 +150,9 @@ def test_they_train_what_one_process_trains_with_their_batches_in_one(pair: tupl
 
 def test_another_number_of_processes_is_refused(pair: tuple[Study, str]) -> None:
     study = pair[0]
-    with pytest.raises(at.AttunementError, match=r"processes is 2, and 1 of them was started; use accelerate launch"):
+    with pytest.raises(
+        at.AttunementError, match=r"is 2, and 1 of them was started; use accelerate launch .* or torchrun"
+    ):
         Engine(study)
     with pytest.raises(at.AttunementError, match=r"began with other settings: processes was 2 and is now 1"):
         Engine(study.model_copy(update={"processes": None}))

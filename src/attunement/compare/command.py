@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 
 METHODS = "lora,ia3,bottleneck,lst"
+ALONE = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "MASTER_ADDR")
+"""Without the first and with the others, this is the only process of an `accelerate launch --num_processes 2`."""
+LONG = 120.0
+"""Seconds of training from which a share of them says something."""
 
 
 def compare(
@@ -38,6 +42,9 @@ def compare(
     task: Annotated[str, typer.Option(help="classification, regression, causal-lm or image-classification.")] = (
         "classification"
     ),
+    columns: Annotated[
+        str | None, typer.Option(metavar="ROLE=COLUMN,...", help="Which column is what: 'text=question,label=intent'.")
+    ] = None,
     methods: Annotated[str, typer.Option(help="Names and globs: 'lora,vera,low_rank/*'.")] = METHODS,
     budget: Annotated[str | None, typer.Option(help="90s, 30m, 2h: no further trial starts after it.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the study; by default that of the data file.")] = None,
@@ -59,6 +66,11 @@ def compare(
 
     with contextlib.ExitStack() as launch:
         team, size = None, int(os.environ.get("WORLD_SIZE", "1"))
+        if ALONE[0] not in os.environ and all(name in os.environ for name in ALONE[1:]):
+            raise AttunementError(
+                "compare: several processes were asked of accelerate launch, and it started one, as it does where there "
+                "are no several GPUs; use torchrun --nproc-per-node 2 -m attunement compare"
+            )
         if size > 1:
             from attunement.compare.together import Team
 
@@ -77,16 +89,14 @@ def compare(
         places = ("local", "ray")
         if on not in places:
             raise AttunementError(f"--on must be one of {', '.join(places)}, got {on!r}{nearest(on, places)}")
-        study = _study(file, model, data, test, task, methods, name, demo, out)
+        study = _study(file, model, data, test, task, columns, methods, name, demo, out)
         changed: dict[str, Any] = {"budget": budget or study.budget, "storage": storage or study.storage}
         changed |= {"output": str(out)} if out is not None else {}
         changed |= {} if team is None else {"processes": study.processes or team.size}
         seconds(changed["budget"])
         study = study.model_copy(update=changed)
         if report:
-            from attunement.compare.engine import publish
-
-            publish(study.folder)
+            again(cli.console, study)
         else:
             run(cli.console, study, on, workers, team)
         cli.console.print(Text.assemble("The page: ", (str(study.folder / "report.html"), "bold")), soft_wrap=True)
@@ -98,6 +108,7 @@ def _study(
     data: str | None,
     test: str | None,
     task: str,
+    columns: str | None,
     methods: str,
     name: str | None,
     demo: bool,
@@ -114,6 +125,7 @@ def _study(
         )
     if not (model or data):
         beside = {"methods": methods != METHODS, "task": task != "classification", "test": test, "name": name}
+        beside |= {"columns": columns}
         if wrong := next((option for option, given in beside.items() if given), None):
             raise AttunementError(f"--{wrong} goes with --model and --data; {'the demo' if demo else file} has its own")
     if demo:
@@ -125,14 +137,55 @@ def _study(
     values: dict[str, Any] = {"model": model, "data": {"train": data}, "task": task, "methods": methods}
     if test:
         values["data"]["test"] = test
+    if columns is not None:
+        values["data"]["columns"] = _columns(columns)
     values["name"] = name or Path(data).name.partition(".")[0]
-    return made(values, "compare")
+    study = made(values, "compare")
+    for one in study.tasks.values():
+        one.data.known(one.task.roles)
+    return study
+
+
+def _columns(text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    for role, sign, column in pairs:
+        if not (role.strip() and sign and column.strip()):
+            raise AttunementError(
+                f"--columns must be ROLE=COLUMN,..., such as text=question,label=intent, got {role + sign + column!r}"
+            )
+    return {role.strip(): column.strip() for role, _, column in pairs}
+
+
+def again(console: Console, study: Study) -> None:
+    """Write the page of what a study has come to.
+
+    Raises `AttunementError` where that was found under other settings than these.
+    """
+    from attunement.compare import records
+    from attunement.compare.database import DEFAULTS, difference
+    from attunement.compare.engine import publish
+    from attunement.train.words import near, short
+
+    kept = records.read(study.folder).settings
+    now = study.settings() | {key: kept.get(key, value) for key, value in DEFAULTS.items()}
+    if kept and (said := difference(kept, now)):
+        raise AttunementError(
+            f"--report: what is in {near(study.folder)} was found with other settings: {said}; "
+            "set them back, or run the study under another name"
+        )
+    publish(study.folder)
+    more = [short(one) for one in now["methods"] if one not in kept.get("methods", now["methods"])]
+    if more:
+        text = f"Not on the page, as they have not run: {', '.join(more)}; without --report they are run."
+        console.print(Text(text, style="yellow"), soft_wrap=True)
 
 
 def run(console: Console, study: Study, on: str, workers: int | None, team: Team | None = None) -> Tally:
     """The whole study with a display; Ctrl-C keeps what is done and says how to go on."""
     from attunement.compare import fan_out
     from attunement.compare.engine import Engine
+    from attunement.compare.study import masked
+    from attunement.compare.together import launcher
     from attunement.train.words import command, near
 
     display = Display(console, workers or 1)
@@ -155,10 +208,10 @@ def run(console: Console, study: Study, on: str, workers: int | None, team: Team
         for sent, handler in before.items():
             signal.signal(sent, handler)
         display.close()
-        launcher = f"accelerate launch --num_processes {study.processes} -m attunement"
-        again = f"{command() if team is None else launcher} {shlex.join(sys.argv[1:])}"
+        begun = command() if team is None else launcher(team.size)
+        typed = f"{begun} {masked(shlex.join(sys.argv[1:]))}"
         kept = f"\nStopped; {display.done} finished trials are kept in {near(study.folder)}. Go on with: "
-        console.print(Text.assemble(kept, (again, "bold")), soft_wrap=True)
+        console.print(Text.assemble(kept, (typed, "bold")), soft_wrap=True)
         raise typer.Exit(130) from None
     finally:
         display.close()
@@ -168,9 +221,10 @@ def run(console: Console, study: Study, on: str, workers: int | None, team: Team
         console.print(Text(f"Not run: {said}", style="yellow"), soft_wrap=True)
     found_out(console, study)
     if tally.busy:
+        share = f" ({tally.overhead / tally.busy:.1%})" if tally.busy > LONG else ""
         console.print(
             f"{tally.done} trials; {tally.busy:.0f} s of training and evaluating, {tally.measuring:.0f} s of measuring "
-            f"costs, {tally.loading:.0f} s of loading; the arena itself added {tally.overhead:.1%}",
+            f"costs, {tally.loading:.0f} s of loading; the arena itself added {tally.overhead:.0f} s{share}",
             highlight=False,
             soft_wrap=True,
         )
@@ -178,9 +232,9 @@ def run(console: Console, study: Study, on: str, workers: int | None, team: Team
 
 
 def found_out(console: Console, study: Study) -> None:
-    """What could not be run at all, and the first finding of each task."""
+    """What could not be run at all, and the best of each task, or that nothing beats the model as it is."""
     from attunement.compare import records, table
-    from attunement.compare.findings import findings
+    from attunement.compare.findings import BEST, NO_GAIN, findings
 
     if not (study.folder / records.TRIALS).is_file():
         return
@@ -190,8 +244,9 @@ def found_out(console: Console, study: Study) -> None:
             said = f"Refused on {one.task}: {one.label}: {one.error}"
             console.print(Text(said, style="yellow"), soft_wrap=True)
     for task, rows in table.rows(made).items():
-        for found in findings(made, rows)[:1]:
-            console.print(Text.assemble((f"{task}: ", "bold"), found.sentence), soft_wrap=True)
+        for found in findings(made, rows):
+            if found.title in (NO_GAIN, BEST):
+                console.print(Text.assemble((f"{task}: ", "bold"), found.sentence), soft_wrap=True)
 
 
 class Display:
@@ -199,7 +254,7 @@ class Display:
 
     def __init__(self, console: Console, workers: int = 1):
         self.console, self.workers, self.done, self.stopped = console, workers, 0, False
-        self.began, self.first, self.trained = time.monotonic(), -1, 0
+        self.began, self.first, self.trained, self.spent = time.monotonic(), -1, 0, 0.0
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
         self.bar = Progress(*columns, TextColumn("[dim]{task.fields[detail]}"), console=console)
         self.task = self.bar.add_task("trials", total=None, detail="")
@@ -213,7 +268,7 @@ class Display:
 
     def __call__(self, tally: Tally) -> None:
         if self.first < 0:
-            self.first, self.trained = tally.done, tally.done - tally.still
+            self.first, self.trained, self.spent = tally.done, tally.done - tally.still, tally.spent
         best = ", ".join(f"best {quality:.3f} {label}" for quality, label in tally.best.values())
         detail = "  ".join(part for part in (tally.now, best, self._left(tally)) if part)
         self.bar.update(self.task, completed=tally.done, total=tally.total or None, detail=detail)
@@ -224,11 +279,16 @@ class Display:
             raise KeyboardInterrupt
 
     def _left(self, tally: Tally) -> str:
+        """What the open trials will take if all goes on as fast as since the start, and no more than the budget leaves."""
         done = tally.done - tally.still - self.trained  # zero-shot takes no time, so it says nothing of the rest
-        if done < 2:
+        if done < 2 or not tally.ahead:
             return ""
-        left = (time.monotonic() - self.began) / done * (tally.total - tally.done)
-        return f"about {left / 3600:.1f} h left" if left > 5400 else f"about {max(1, math.ceil(left / 60))} min left"
+        worked = time.monotonic() - self.began - tally.loading
+        left = worked / max(tally.spent - self.spent, 1e-9) * tally.ahead
+        left = left if tally.left is None else min(left, tally.left)
+        if left < 60:
+            return "less than a minute left"
+        return f"about {left / 3600:.1f} h left" if left > 5400 else f"about {math.ceil(left / 60)} min left"
 
     def close(self) -> None:
         """Leave the bar as it stands."""

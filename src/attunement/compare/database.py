@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -24,13 +25,16 @@ from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
 
 from attunement.compare.records import Trial
-from attunement.compare.study import Entry, Study
+from attunement.compare.study import Entry, Study, masked
 from attunement.errors import AttunementError
 from attunement.train.words import near
 
 BEAT, GRACE = 15.0, 120.0
+PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 FREE = ("budget", "storage")
 """Settings in which a study may differ from what it began with."""
 DEFAULTS = {"processes": 1}
@@ -134,10 +138,16 @@ class Line:
         self._kept: list[Trial] | None = None
         self._facts: dict[str, Any] = {}
 
+    @property
+    def known(self) -> bool:
+        """Whether its records were read since it is complete."""
+        return self._kept is not None
+
     # --- facts that hold for all trials ---
 
     def fact(self, name: str, asks: bool = True) -> Any:
-        """`refused`, the reason why the method cannot act, or `costs`; without `asks` only if this process knows it."""
+        """`refused`, the reason why the method cannot act, `fits`, that it can, or `costs`; without `asks` only if this
+        process knows it."""
         if name not in self._facts and asks:
             with saying(self.base.study):
                 value = self.search.user_attrs.get(name)
@@ -206,9 +216,17 @@ class Line:
         study = self.search if stage == "search" else self.final
         states = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "diverged": TrialState.PRUNED}
         state = states.get(record.state, TrialState.FAIL)
-        with saying(self.base.study):
-            trial.set_user_attr("record", _plain(record))
-            study.tell(trial, record.quality if state == TrialState.COMPLETE else None, state, skip_if_finished=True)
+        value = record.quality if state == TrialState.COMPLETE else None
+        for pause in (*PAUSES, None) if self.base.file is None else (None,):
+            try:
+                with saying(self.base.study):
+                    trial.set_user_attr("record", _plain(record))
+                    study.tell(trial, value, state, skip_if_finished=True)
+                return
+            except AttunementError:
+                if pause is None:
+                    raise
+                time.sleep(pause)  # the server may be starting again, and what was trained is not to be lost for that
 
     def drop(self, stage: str, trial: optuna.Trial) -> None:
         """Give a trial back unfinished: its slot is open again."""
@@ -259,12 +277,12 @@ def beating(trial: optuna.Trial) -> Iterator[None]:
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """In what two settings differ, as a clause; nothing where they do not, but for what may change in between.
 
-    Methods may be added, not taken away.
+    Methods may be added, not taken away. A full path is that of a part of it, seen from another folder.
     """
     a, b = DEFAULTS | _flat(before), DEFAULTS | _flat(now)
     said = []
     for key in dict.fromkeys([*a, *b]):
-        if key.partition(".")[0] in FREE or a.get(key) == b.get(key):
+        if key.partition(".")[0] in FREE or a.get(key) == b.get(key) or _one_path(a.get(key), b.get(key)):
             continue
         if key == "methods":
             gone = [one for one in a.get(key, []) if one not in b.get(key, [])]
@@ -276,21 +294,45 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(said[:3]) + more
 
 
+def _one_path(one: Any, other: Any) -> bool:
+    """Whether of two texts one is a full path that ends in the other."""
+    if not (isinstance(one, str) and isinstance(other, str) and os.path.isabs(one) != os.path.isabs(other)):
+        return False
+    parts = sorted((Path(one).parts, Path(other).parts), key=len)
+    return parts[1][-len(parts[0]) :] == parts[0]
+
+
 @contextlib.contextmanager
 def saying(study: Study) -> Iterator[None]:
     """Turn what a database or a disk may fail with into one sentence."""
     try:
         yield
-    except (optuna.exceptions.StorageInternalError, sqlite3.Error, OSError) as error:
-        causes = [error, error.__cause__, getattr(error.__cause__, "orig", None)]
-        text = " ".join(str(one) for one in causes if one is not None)
+    except (optuna.exceptions.StorageInternalError, SQLAlchemyError, sqlite3.Error, OSError) as error:
+        causes = [
+            str(one) for one in (error, error.__cause__, getattr(error.__cause__, "orig", None)) if one is not None
+        ]
+        text = " ".join(causes)
         where = near(study.folder)
         if "disk is full" in text or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise AttunementError(
                 f"the disk of {where} is full: finished trials are kept; make room and run the same command again"
             ) from error
-        said = " ".join(text.split())[:200]
-        raise AttunementError(f"the database {study.url} cannot be used: {said}") from error
+        raise AttunementError(
+            f"the database {masked(study.url)} cannot be used: {_told(causes[-1], study.url)}"
+        ) from error
+
+
+def _told(text: str, url: str) -> str:
+    """What a driver says, in one line and without the password of the address."""
+    text = masked(" ".join(text.split()))
+    for more in (" [SQL:", " (Background on this error"):
+        text = text.partition(more)[0]
+    with contextlib.suppress(SQLAlchemyError, ValueError):
+        address = make_url(url)
+        hidden = (value for key, value in address.query.items() if masked(f"?{key}=x") != f"?{key}=x")
+        for secret in {str(one) for one in (address.password, *hidden) if one}:
+            text = text.replace(secret, "***")
+    return text[:200]
 
 
 def good(file: Path) -> Path:
@@ -327,21 +369,38 @@ def _sound(file: Path) -> bool:
         return "locked" in str(error)
 
 
+RACES = ("already exists", "UNIQUE", "duplicate key", "locked")
+"""What databases say where two processes create the tables at once."""
+
+
 def _opened(url: str) -> Any:
     options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    driven = _driven(url)
     for attempt in range(20):
         try:
-            return optuna.storages.RDBStorage(url, engine_kwargs=options)
+            return optuna.storages.RDBStorage(driven, engine_kwargs=options)
         except Exception as error:
-            racing = "already exists" in str(error) or "UNIQUE" in str(error) or "locked" in str(error)
-            if racing and attempt < 19:
+            if any(word in str(error) for word in RACES) and attempt < 19:
                 time.sleep(0.1 * (attempt + 1))  # another process was creating the tables
                 continue
             if isinstance(error, optuna.exceptions.StorageInternalError | sqlite3.Error | OSError):
                 raise
-            said = " ".join(str(error).split())[:200]
-            raise AttunementError(f"the database {url} cannot be opened: {said}") from error
+            raise AttunementError(f"the database {masked(url)} cannot be opened: {_told(str(error), url)}") from error
     raise AssertionError
+
+
+def _driven(url: str) -> str:
+    """The address with the driver that is installed, where it names none."""
+    scheme, sign, rest = url.partition("://")
+    if scheme not in ("postgresql", "postgres"):
+        return url
+    driver = next((name for name in ("psycopg", "psycopg2") if importlib.util.find_spec(name)), None)
+    if driver is None:
+        raise AttunementError(
+            f"the database {masked(url)} needs a driver for PostgreSQL; pip install 'attunement[postgres]' brings psycopg"
+        )
+    rest = rest.replace("{", "%7B").replace("}", "%7D")  # Optuna would fill braces in
+    return f"postgresql+{driver}{sign}{rest}"
 
 
 def _owner() -> dict[str, Any]:

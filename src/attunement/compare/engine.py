@@ -22,15 +22,18 @@ from optuna.trial import TrialState
 
 from attunement.compare import rates, records, trial
 from attunement.compare.database import Database, Line, beating, saying
-from attunement.compare.records import Trial
-from attunement.compare.study import ZERO, Study, entries, seconds
+from attunement.compare.records import BASELINES, Progress, Trial
+from attunement.compare.study import FULL, ZERO, Study, entries, launchers, seconds
 from attunement.compare.trial import Ground, Outcome
 from attunement.errors import AttunementError
+from attunement.train.words import near
 
 if TYPE_CHECKING:
     from attunement.compare.together import Team
 
 POLL = 1.0
+MANY = 5
+"""Methods whose times say what another takes; of fewer the baselines' times are taken too."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Tally:
     Attributes:
         total: trials of the whole study; done: finished, `still` of them without training; best: quality and label of the
             best final or else search trial.
+        spent: seconds of the finished trials, by whichever process; ahead: those that the open ones are expected to take;
+            left: those that the budget leaves, where there is one.
         busy: seconds that this process spent in attaching, training and evaluating; `measuring` what methods cost;
             `whole` altogether.
         missing: what the budget left out, a sentence each.
@@ -59,6 +64,9 @@ class Tally:
     still: int = 0
     now: str = ""
     best: dict[str, tuple[float, str]] = field(default_factory=dict)
+    spent: float = 0.0
+    ahead: float = 0.0
+    left: float | None = None
     busy: float = 0.0
     measuring: float = 0.0
     loading: float = 0.0
@@ -68,8 +76,8 @@ class Tally:
 
     @property
     def overhead(self) -> float:
-        """Seconds that were neither training, evaluating, loading nor measuring, over those of training and evaluating."""
-        return (self.whole - self.busy - self.measuring - self.loading) / max(self.busy, 1e-9)
+        """Seconds that were neither training, evaluating, loading nor measuring."""
+        return max(0.0, self.whole - self.busy - self.measuring - self.loading)
 
 
 class Engine:
@@ -99,6 +107,7 @@ class Engine:
         self.found: dict[int, list[Trial]] = {}
         self.looked = self.looking = 0.0
         self.written = -1
+        self.seen = self.over = False
         budget = seconds(study.budget)
         self.deadline = None if budget is None else time.monotonic() + budget
         if self.base.head.user_attrs.get("cap") and self.base.head.user_attrs.get("capped") != study.budget:
@@ -179,8 +188,11 @@ class Engine:
     # --- work ---
 
     def work(self) -> Tally:
-        """Run what is open until nothing is left or the budget is spent."""
-        self.tally.missing = self.missing()  # without a budget it is about to be run
+        """Run what is open until nothing is left or the budget is spent.
+
+        Raises `AttunementError` where no method of the study can act on a model of it, before anything is trained.
+        """
+        self.next()  # it sees which methods are complete
         self.refresh(every=True)
         while True:
             job = self.next()
@@ -191,6 +203,7 @@ class Engine:
                 self.refresh()
                 continue
             assert isinstance(job, Job)
+            self.look()
             if self.deadline is not None and self.spent(job):
                 break
             if job.stage == "search" and job.slot >= self.cap():
@@ -210,7 +223,47 @@ class Engine:
             self.grounds[task] = Ground(task, self.study.tasks[task], self.study.search, self.study.folder)
             settled()
             self.tally.loading += time.perf_counter() - start
+            self.attach(task)
         return self.grounds[task]
+
+    def attach(self, task: str) -> None:
+        """Put every method of a task on its model once, so that what is refused is known before anything is trained."""
+        start = time.perf_counter()
+        for line in self.lines:
+            if line.task != task or line.entry.method in (FULL, ZERO):
+                continue
+            if any(line.fact(name) is not None for name in ("fits", "costs", "refused")):
+                continue
+            self.tally.now = f"attaching {line.entry.label}"
+            self.watch(self.tally)
+            try:
+                self.grounds[task].run(line.entry, 1e-3, 0, "search")
+            except AttunementError as error:
+                line.state("refused", _said(error))
+                continue
+            except Exception:
+                pass  # its trials will say
+            line.state("fits", True)
+        settled()
+        self.tally.measuring += time.perf_counter() - start
+
+    def look(self) -> None:
+        """Stop where every method of the study is refused on all tasks. Raises `AttunementError` with the reasons."""
+        if self.seen:
+            return
+        self.seen = True
+        own = [line for line in self.lines if line.entry.method not in BASELINES]
+        if not own or any(line.fact(name) is not None for line in own for name in ("fits", "costs")):
+            return
+        for task in self.study.tasks:
+            self.ground(task)
+            if any(line.fact("refused") is None for line in own if line.task == task):
+                return
+        self.refresh(every=True)
+        reasons = list(dict.fromkeys(f"{line.entry.label}: {line.fact('refused')}" for line in own))
+        more = f"; and {len(reasons) - 3} more in {near(self.study.folder / records.TRIALS)}" if reasons[3:] else ""
+        what = "none of the methods can act on the model" if reasons[1:] else "the only method cannot act on the model"
+        raise AttunementError(f"study {self.study.name!r}: {what}: {'; '.join(reasons[:3])}{more}")
 
     def prepared(self, line: Line) -> bool:
         """What a method costs is measured before its first trial; whether it can act on the model at all."""
@@ -222,12 +275,10 @@ class Engine:
         self.watch(self.tally)
         try:
             line.state("costs", trial.costs(ground, line.entry))
-        except Exception as error:
-            text = " ".join(str(error).split())[:300]
-            if isinstance(error, AttunementError):
-                line.state("refused", text)
-            else:  # the trials will say whether it can be trained at all
-                line.state("costs", {})
+        except AttunementError as error:
+            line.state("refused", _said(error))
+        except Exception:  # the trials will say whether it can be trained at all
+            line.state("costs", {})
         settled()
         self.tally.measuring += time.perf_counter() - start
         return line.fact("refused") is None
@@ -284,20 +335,18 @@ class Engine:
         start = time.monotonic()
         due = every or start - self.looked > max(POLL, 50 * self.looking)
         for one in self.lines:
-            if due or one is line or id(one) not in self.found:
+            ended = one.complete and not one.known  # by others: its trials are counted with those of this process
+            if due or ended or one is line or id(one) not in self.found:
                 self.found[id(one)] = one.records()
         if due:
             self.looked, self.looking = time.monotonic(), time.monotonic() - start
         found = [made for one in self.lines for made in self.found[id(one)]]
-        self.tally.total = sum(
-            sum(not made.id.endswith("/refused") for made in self.found[id(one)])
-            if one.complete
-            else self.study.seeds + (0 if one.entry.method == ZERO else self.cap())
-            for one in self.lines
-            if one.fact("refused", asks=due) is None
-        )
+        cap = self.cap()
+        open_ = {id(one): self._left(one, cap, asks=due) for one in self.lines}
         self.tally.done = sum(not made.id.endswith("/refused") for made in found)
+        self.tally.total = self.tally.done + sum(map(sum, open_.values()))
         self.tally.still = sum(made.method == ZERO for made in found)
+        self._forecast(found, open_)
         self.tally.best = {}
         for made in found:
             before = self.tally.best.get(made.task)
@@ -306,10 +355,54 @@ class Engine:
         self.tally.whole = time.perf_counter() - self.began
         if self.writes and (every or len(found) != self.written):
             with saying(self.study):
-                records.write(self.study.folder, self.study.settings(), found, self.tally.missing)
+                settings, progress = self.study.settings(), self._progress(open_)
+                records.write(self.study.folder, settings, found, self.tally.missing, progress)
             self.base.keep()
             self.written = len(found)
         self.watch(self.tally)
+
+    def _left(self, line: Line, cap: int, asks: bool) -> tuple[int, int]:
+        """How many trials of the search and how many final runs of a line are still to come."""
+        if line.complete or line.fact("refused", asks=asks) is not None:
+            return 0, 0
+        found = self.found[id(line)]
+        tried, ran = (sum(made.stage == stage for made in found) for stage in records.STAGES)
+        return 0 if line.entry.method == ZERO else max(0, cap - tried), max(0, self.study.seeds - ran)
+
+    def _forecast(self, found: list[Trial], open_: dict[int, tuple[int, int]]) -> None:
+        """What the finished trials took and what the open ones will: each as those nearest to it did on average."""
+        timed = [made for made in found if made.method != ZERO and made.seconds is not None]
+        apart = len({made.label for made in timed if made.method not in BASELINES}) >= MANY
+        known: dict[tuple[Any, ...], list[float]] = {}
+
+        def alike(task: str, label: str, method: str, stage: str) -> list[tuple[Any, ...]]:
+            methods = [(task, stage, True)] if apart and method not in BASELINES else []
+            return [(task, label, stage), *methods, (task, stage), (stage,), ()]
+
+        for made in timed:
+            for key in alike(made.task, made.label, made.method, made.stage):
+                known.setdefault(key, []).append(made.seconds or 0.0)
+        self.tally.spent = sum(known.get((), ()))
+        self.tally.ahead = 0.0
+        for line in self.lines:
+            if line.entry.method == ZERO or self.over or not known:
+                continue
+            for stage, count in zip(records.STAGES, open_[id(line)], strict=True):
+                keys = alike(line.task, line.entry.label, line.entry.method, stage)
+                near_by = next(known[key] for key in keys if key in known)
+                self.tally.ahead += count * sum(near_by) / len(near_by)
+        self.tally.left = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+
+    def _progress(self, open_: dict[int, tuple[int, int]]) -> Progress | None:
+        """How far the study is, where anything is left to run."""
+        if self.tally.done >= self.tally.total:
+            return None
+        left: dict[str, int] = {}
+        for line in self.lines:
+            if line.entry.method not in BASELINES:
+                left[line.entry.label] = left.get(line.entry.label, 0) + sum(open_[id(line)])
+        complete = sum(not count for count in left.values())
+        return Progress(self.tally.done, self.tally.total, complete, len(left))
 
     def missing(self) -> list[str]:
         """What a spent budget left out."""
@@ -333,7 +426,7 @@ class Engine:
     def end(self) -> None:
         """The files as they stay, and the report, where there is something to report."""
         self.next()  # it sees which methods are complete, for whom others have worked too
-        self.tally.missing = self.missing()
+        self.tally.missing, self.tally.now, self.over = self.missing(), "", True
         self.refresh(every=True)
         if self.writes and self.tally.done:
             publish(self.study.folder)
@@ -352,7 +445,7 @@ def together(study: Study, size: int) -> None:
     """
     wanted = study.processes or 1
     if wanted != size:
-        how = f"accelerate launch --num_processes {wanted} -m attunement compare" if wanted > 1 else "no launcher"
+        how = " or ".join(f"{one} compare" for one in launchers(wanted)) if wanted > 1 else "no launcher"
         raise AttunementError(
             f"study {study.name!r}: processes is {wanted}, and {size} of them {'was' if size == 1 else 'were'} started; "
             f"use {how}"
@@ -432,6 +525,10 @@ def pruner(line: Line, job: Job) -> optuna.pruners.BasePruner:
 
 def _frozen(line: Line, claimed: optuna.Trial) -> Any:
     return next(one for one in line.search.get_trials(deepcopy=False) if one.number == claimed.number)
+
+
+def _said(error: AttunementError) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _mean_seconds(line: Line) -> float:

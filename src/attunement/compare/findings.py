@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from attunement.compare.records import Study
+from attunement.compare.records import BASELINES, Study
+from attunement.compare.statistics import Difference
 from attunement.compare.table import FULL, MEASURES, STILL, Row, higher, leaders, shown, unit_of
 
 
@@ -20,6 +21,8 @@ class Finding:
     """The methods that the answer names."""
 
 
+NO_GAIN, BEST = "Against zero-shot", "Best quality"
+
 QUESTIONS = (
     ("backward_bytes", "Least kept for backward"),
     ("step", "Fastest step"),
@@ -32,7 +35,8 @@ def findings(study: Study, rows: Sequence[Row]) -> list[Finding]:
     ranked = [row for row in rows if row.quality]
     if not ranked:
         return []
-    found = [_quality(ranked)]
+    found = [one for one in (no_gain(ranked),) if one is not None]
+    found.append(_quality(ranked))
     full = next((row for row in ranked if row.method == FULL), None)
     good, words = [row for row in ranked if row.among_best], "at the top"
     if full is not None:
@@ -51,6 +55,44 @@ def below(row: Row) -> bool:
     return row.to_full is not None and (row.to_full.mean < 0) == higher(row.metric)
 
 
+def no_gain(rows: Sequence[Row]) -> Finding | None:
+    """That no method is surely better than the model as it is, where that is so; baselines are no methods."""
+    still = next((row for row in rows if row.method == STILL and row.quality), None)
+    own = [row for row in rows if row.quality and row.method not in BASELINES]
+    if still is None or not own or any(_gains(row) for row in own):
+        return None
+    best = max(own, key=_gain)
+    value = f"The model as it is, without any training, has {with_interval(still, 'quality')}"
+    others = [row.label for row in rows if row.method in BASELINES and _gains(row)]
+    but = f" Better is only {listed(others)}." if others else ""
+    if _gain(best) <= 0:
+        none = f"none of the {len(own)} methods is better" if own[1:] else f"{best.label} is not better"
+        return Finding(NO_GAIN, "No method beats zero-shot", f"{value}, and {none}.{but}", (still.label,))
+    gap = shown_gap(_gain(best), unit_of(MEASURES[0], still.metric))
+    compared = [row.to_still for row in own if row.to_still]
+    told = any(one.low is not None for one in compared)
+    reason = "that may be chance" if told else unsaid(compared)
+    sentence = f"{value}. The best mean of the methods, that of {best.label}, lies {gap} above it, and {reason}.{but}"
+    return Finding(NO_GAIN, "No method surely beats zero-shot", sentence, (still.label,))
+
+
+def _gain(row: Row) -> float:
+    """How much better the mean of a row is than that of the model as it is."""
+    mean = row.to_still.mean if row.to_still else 0.0
+    return mean if higher(row.metric) else -mean
+
+
+def _gains(row: Row) -> bool:
+    return row.to_still is not None and row.to_still.sure and _gain(row) > 0
+
+
+def unsaid(differences: Sequence[Difference]) -> str:
+    """Why none of these differences has an interval."""
+    if max((one.pairs for one in differences), default=1) < 2:
+        return "with one seed nothing can be said of the differences"
+    return "where all seeds came to the same nothing can be said of the differences"
+
+
 def _quality(ranked: Sequence[Row]) -> Finding:
     best = ranked[0]
     unit = unit_of(MEASURES[0], best.metric)
@@ -59,16 +101,17 @@ def _quality(ranked: Sequence[Row]) -> Finding:
     unsteady = [row.label for row in ranked if not row.among_best and not (row.to_best and row.to_best.sure)]
     value = with_interval(best, "quality")
     if len(ranked) == 1:
-        return Finding("Best quality", best.label, f"{value}; there is no other to compare with.", (best.label,))
+        return Finding(BEST, best.label, f"{value}; there is no other to compare with.", (best.label,))
     if all(row.to_best is None or row.to_best.low is None for row in ranked[1:]):
-        sentence = f"{best.label} has the highest value, {value}; with one seed nothing can be said of the differences."
-        return Finding("Best quality", "Not to be told", sentence, (best.label,))
+        reason = unsaid([row.to_best for row in ranked[1:] if row.to_best])
+        sentence = f"{best.label} has the highest value, {value}; {reason}."
+        return Finding(BEST, "Not to be told", sentence, (best.label,))
     if len(top) == 1 and not unsteady:
         second = ranked[1]
         lead = second.to_best
         gap = f"; {shown_gap(lead.mean, unit)} above {second.label}" if lead else ""
         what = f"each of the {len(ranked) - 1} others" if len(ranked) > 2 else second.label
-        return Finding("Best quality", best.label, f"{value}, better than {what}{gap}.", (best.label,))
+        return Finding(BEST, best.label, f"{value}, better than {what}{gap}.", (best.label,))
     sentence = (
         f"{len(top)} of {len(ranked)} methods cannot be told apart at the top. {best.label} has the highest mean, {value}, "
         + (f"and is better than {behind} others." if behind else "but is better than none of the others.")
@@ -76,7 +119,7 @@ def _quality(ranked: Sequence[Row]) -> Finding:
     if unsteady:
         ends = ("means lie", "they are") if unsteady[1:] else ("mean lies", "it is")
         sentence += f" The {ends[0]} below that for {listed(unsteady)}, and whether {ends[1]} worse is not sure."
-    return Finding("Best quality", level(top), sentence, tuple(row.label for row in top))
+    return Finding(BEST, level(top), sentence, tuple(row.label for row in top))
 
 
 def _least(key: str, title: str, first: Sequence[Row], good: Sequence[Row], full: Row | None, words: str) -> Finding:
@@ -97,11 +140,10 @@ def _least(key: str, title: str, first: Sequence[Row], good: Sequence[Row], full
 
 
 def _against_full(full: Row, others: Sequence[Row]) -> Finding:
-    compared = [row for row in others if row.to_full is not None and row.to_full.low is not None]
-    if not compared:
-        return Finding(
-            "Against full fine-tuning", "Not to be told", "With one seed nothing can be said of the differences."
-        )
+    compared = [row for row in others if row.to_full is not None]
+    if all(row.to_full is None or row.to_full.low is None for row in compared):
+        reason = unsaid([row.to_full for row in compared if row.to_full])
+        return Finding("Against full fine-tuning", "Not to be told", f"{reason[0].upper()}{reason[1:]}.")
     told = [row for row in compared if row.to_full and row.to_full.sure]
     better, worse = [row for row in told if not below(row)], [row for row in told if below(row)]
     same = len(compared) - len(better) - len(worse)

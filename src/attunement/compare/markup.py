@@ -17,6 +17,7 @@ from attunement.compare.statistics import Difference
 from attunement.compare.table import (
     ALL,
     MEASURES,
+    SPREAD,
     STILL,
     Measure,
     Row,
@@ -77,6 +78,8 @@ def lead(study: Study, found: Mapping[str, list[Row]]) -> str:
     text += f"Each had its own search over up to {_count(tried, 'learning rate')}, " if tried else "Each had "
     text += f"{'then ' if tried else ''}{_count(seeds, 'run')}{' with different seeds' if seeds > 1 else ''}, "
     text += "measured on rows that the search never saw."
+    if study.progress is not None:
+        text += f" {study.progress.sentence}."
     return escape(text)
 
 
@@ -180,7 +183,8 @@ def table(task: str, one: Sequence[Row], found: Mapping[str, list[Row]]) -> str:
     body = "".join(_row(i, row, columns, numbers, (low, high), band, parts) for i, row in enumerate(one))
     name = "" if len(found) == 1 else f" on {task}"
     caption = (
-        f"Means over final runs{escape(name)}, ± half of the 95 % interval. “≈” where the corrected interval of the paired "
+        f"Means over final runs{escape(name)}, ± half of the 95 % interval, which is written out where it ends at what is "
+        "possible and is left out where all runs came to the same. “≈” where the corrected interval of the paired "
         "difference holds zero; behind the best and over full fine-tuning, in points of quality."
     )
     if parts:
@@ -190,10 +194,9 @@ def table(task: str, one: Sequence[Row], found: Mapping[str, list[Row]]) -> str:
         )
         if len({unit_of(MEASURES[0], metric) for metric in one[0].metric.split(" and ")}) > 1:
             caption += " These metrics are not of one scale: read the tasks one by one."
-    index = list(found).index(task)
     return (
-        f'<div class="wide" role="region" aria-labelledby="caption-{index}" tabindex="0"><table>'
-        f'<caption id="caption-{index}"><span>{caption}</span></caption>'
+        f'<div class="wide" role="region" aria-label="{escape(f"All measurements{name}, scrolls")}" tabindex="0"><table>'
+        f"<caption><span>{caption}</span></caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -289,26 +292,32 @@ def _value(row: Row, measure: Measure, unit: str) -> str:
     if value is None:
         return '<td class="none" data-v="">–</td>'
     half = ""
-    if value.half is not None and measure.key in ("quality", "calibration", "forgetting", "step") and value.half > 0:
-        said = (
-            f"{100 * value.half:.1f}"
-            if unit == "share"
-            else f"{value.half:.2f}"
-            if unit == "ratio"
-            else f"{value.half:.3f}"
-        )
-        half = f' <span class="half">± {said}</span>'
+    if measure.key in SPREAD and value.low is not None and value.high is not None:
+        below, above = value.mean - value.low, value.high - value.mean
+        if abs(above - below) < 1e-6 * (above + below):
+            said = f"± {_plain(above, unit)}"
+        else:
+            said = f"{_plain(value.low, unit)} to {_plain(value.high, unit)}"
+        half = f' <span class="half">{said}</span>'
     return f'<td data-v="{value.mean!r}">{escape(shown(value.mean, unit))}{half}</td>'
+
+
+def _plain(value: float, unit: str) -> str:
+    return f"{100 * value:.1f}" if unit == "share" else f"{value:.2f}" if unit == "ratio" else f"{value:.3f}"
 
 
 def _difference(one: Difference | None, unit: str, word: str, own: bool, up: bool = True) -> str:
     if own:
         return '<td class="none" data-v="0">–</td>'
-    if one is None or one.low is None or one.high is None:
+    if one is None or one.pairs < 2:
         return '<td class="none" data-v="">–</td>'
     gap = f"{100 * one.mean:+.1f}" if unit == "share" else f"{one.mean:+.3f}"
     gap = gap.replace("-", "−").removeprefix("+") if word == "behind" else gap.replace("-", "−")
-    detail = f"{shown_gap(one.mean, unit)}; corrected interval {_end(one.low, unit)} to {_end(one.high, unit)}, p {_p(one.p)}"
+    if one.low is None or one.high is None:
+        detail = f"{shown_gap(one.mean, unit)}; no interval, as each of {one.pairs} runs came to the same difference"
+    else:
+        span = f"{_end(one.low, unit)} to {_end(one.high, unit)}"
+        detail = f"{shown_gap(one.mean, unit)}; corrected interval {span}, p {_p(one.p)}"
     if not one.sure:
         sign = '<span aria-hidden="true">≈ </span><span class="away">cannot be told from it, </span>'
         return f'<td class="none" data-v="{one.mean!r}" title="{escape(detail)}">{sign}{gap}</td>'
@@ -397,7 +406,7 @@ def cut(study: Study, task: str) -> str:
         made.append("<p>No trial failed.</p>")
     if study.missing:
         made.append(f"<p>The budget was spent: {escape('; '.join(study.missing))}.</p>")
-    if open_ := _unfinished(trials):
+    if open_ := unfinished(trials):
         made.append(f"<p>Not finished: {escape(', '.join(open_))}.</p>")
     return "".join(made)
 
@@ -412,7 +421,7 @@ def _refusals(refused: Sequence[Trial]) -> str:
     return _grid("Methods that cannot act on the model", ("Method", "Task", "Reason"), body, 3)
 
 
-def _unfinished(trials: Sequence[Trial]) -> list[str]:
+def unfinished(trials: Sequence[Trial]) -> list[str]:
     """Methods that have fewer final runs than others have on the same task, though none of theirs was lost."""
     runs: dict[str, dict[str, int]] = {}
     for trial in trials:
@@ -494,7 +503,8 @@ def settings(study: Study, found: Mapping[str, list[Row]]) -> str:
         if m.key != "rate"
     )
     told = (
-        "Intervals are Student’s t at 95 % over the seeds. Methods are compared by paired differences at the same task and "
+        "Intervals are Student’s t at 95 % over the seeds; they end where no value can be, and runs that all came to the same "
+        "have none. Methods are compared by paired differences at the same task and "
         "seed; with few seeds the variance of a difference is drawn towards that of all pairs of methods (the moderated t of "
         "Smyth, 2004). The comparisons with full fine-tuning are corrected by Holm’s steps for their number, those with the "
         "best method, which was found by looking, for all pairs. A method is called better only where the corrected interval "

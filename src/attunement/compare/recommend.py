@@ -81,7 +81,8 @@ def choices(
         )
     measured = [row for row in found[task] if row.quality and row.method != STILL]
     if not measured:
-        raise AttunementError(f"recommend: no final run of {study.name} has finished on {task} yet")
+        how = f"; {study.progress.sentence[0].lower()}{study.progress.sentence[1:]}" if study.progress else ""
+        raise AttunementError(f"recommend: no final run of {study.name} has finished on {task} yet{how}")
     fitting = _fitting(study, measured, limits)
     return task, _ranked(study, fitting, limits, count)
 
@@ -140,7 +141,7 @@ def _ranked(study: Study, fitting: Sequence[Row], limits: Mapping[str, float], c
         else (
             f"it is better than each of the {others} others"
             if told == others and others > 1
-            else f"it is better than {told} of the {others} others"
+            else f"it is better than {told or 'none'} of the {others} others"
         )
     )
     made = [(best, f"The highest mean {metric} {within}, {with_interval(best, 'quality')}, at {spent(best)}; {beats}.")]
@@ -156,6 +157,24 @@ def _ranked(study: Study, fitting: Sequence[Row], limits: Mapping[str, float], c
         away = f"{gap} below {best.label} for sure" if row in behind else f"{gap} from {best.label}, which is not sure"
         made.append((row, f"The next in {metric}, {with_interval(row, 'quality')}: {away}, at {spent(row)}."))
     return [_choice(study, row, text) for row, text in made[:count]]
+
+
+def standing(study: Study, task: str) -> list[str]:
+    """What is to be known beside the choices: that a study is not finished, and that nothing beats the model as it is."""
+    from attunement.compare.findings import no_gain
+    from attunement.compare.markup import unfinished
+    from attunement.compare.table import ALL, rows
+
+    said = []
+    if study.missing:
+        said.append(f"The budget of the study was spent: {'; '.join(study.missing)}.")
+    elif study.progress is not None:
+        said.append(f"{study.progress.sentence}; attune compare goes on with it.")
+    elif short := unfinished([trial for trial in study.trials if task in (ALL, trial.task)]):
+        said.append(f"This study is not finished: {', '.join(short)}.")
+    if found := no_gain([row for row in rows(study)[task] if row.quality]):
+        said.append(f"{found.answer}. {found.sentence}")
+    return said
 
 
 def _left_out(study: Study, task: str) -> list[str]:
@@ -243,7 +262,8 @@ def recommend(
         records = [
             {"label": c.label, "method": c.method, "reason": c.reason, "recipe": c.recipe, **c.values} for c in found
         ]
-        left = {"missing": list(asked.missing)} if asked.missing else {}
+        left: dict[str, object] = {"missing": list(asked.missing)} if asked.missing else {}
+        left |= {"notes": notes} if (notes := standing(asked, task)) else {}
         sys.stdout.write(json.dumps({"study": asked.name, "task": task, "choices": records} | left, indent=2) + "\n")
     else:
         _show(asked, called, task, limits, found)
@@ -257,6 +277,8 @@ def _show(study: Study, called: str, task: str, limits: Mapping[str, float], fou
 
     bounds = ", ".join(f"{_said(LIMITS[o][0], v)} {LIMITS[o][1]}" for o, v in limits.items()) or "no limit"
     console.print(Text(f"{study.name}, {task} ({called}): {bounds}", style="dim"), soft_wrap=True)
+    for said in standing(study, task):
+        console.print(Text(said, style="yellow"), soft_wrap=True)
     for i, one in enumerate(found, start=1):
         console.print(
             Text.assemble(
@@ -269,8 +291,5 @@ def _show(study: Study, called: str, task: str, limits: Mapping[str, float], fou
     if left := _left_out(study, task):
         said = f"\nWithout a result on every task, and so not compared here: {', '.join(left)}; --task asks about one."
         console.print(Text(said, style="dim"), soft_wrap=True)
-    if study.missing:
-        said = f"\nThe budget of the study was spent: {'; '.join(study.missing)}."
-        console.print(Text(said, style="yellow"), soft_wrap=True)
     if called == "the committed results":
         console.print(Text("\nMeasured on other data than yours: attune compare measures on your own.", style="dim"))

@@ -1,7 +1,8 @@
 """What a study leaves behind: one record a trial, and the files that hold them.
 
 `study.yaml` has the settings, `trials.csv` one row a trial (readable by any program), `curves.json` the learning
-curves by trial; where a budget was spent, `missing.json` says what it left out. Each is written beside itself and then
+curves by trial; where a budget was spent, `missing.json` says what it left out, and until all is done `progress.json`
+how far it is. Each is written beside itself and then
 renamed, so that a full disk or a kill leaves the last good one.
 """
 
@@ -14,7 +15,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ import yaml
 
 from attunement.errors import AttunementError, nearest
 
-SETTINGS, TRIALS, CURVES, MISSING = "study.yaml", "trials.csv", "curves.json", "missing.json"
+SETTINGS, TRIALS, CURVES = "study.yaml", "trials.csv", "curves.json"
+MISSING, PROGRESS = "missing.json", "progress.json"
 STAGES = ("search", "final")
 STATES = ("done", "pruned", "failed", "diverged")
 BASELINES = ("baseline/full", "baseline/probe", "baseline/zero-shot")
@@ -91,13 +93,30 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far a study is that is not finished: its trials, and its methods of which nothing is left to run."""
+
+    done: int
+    total: int
+    complete: int
+    methods: int
+
+    @property
+    def sentence(self) -> str:
+        """In words, without a full stop."""
+        share = f"{self.done:,} of {self.total:,} trials are done"
+        return f"This study is not finished: {share}, and {self.complete} of {self.methods} methods are complete"
+
+
+@dataclass(frozen=True)
 class Study:
-    """The settings and the trials of a study, and what a spent budget left out, a sentence each."""
+    """The settings and the trials of a study; what a spent budget left out, a sentence each; how far it is, if not done."""
 
     name: str
     settings: Mapping[str, Any]
     trials: tuple[Trial, ...]
     missing: tuple[str, ...] = ()
+    progress: Progress | None = None
 
 
 def columns() -> list[str]:
@@ -119,11 +138,16 @@ def read(folder: str | Path) -> Study:
             raise AttunementError(f"{table}: expected the columns of a study, {', '.join(lacking)} missing")
         trials = tuple(_trial(row, curves, f"{table}, line {line}") for line, row in enumerate(rows, start=2))
     missing = tuple(_json(folder / MISSING, []))
-    return Study(str(settings.get("name") or folder.resolve().name), settings, trials, missing)
+    progress = _progress(folder / PROGRESS)
+    return Study(str(settings.get("name") or folder.resolve().name), settings, trials, missing, progress)
 
 
 def write(
-    folder: str | Path, settings: Mapping[str, Any], trials: Iterable[Trial], missing: Sequence[str] = ()
+    folder: str | Path,
+    settings: Mapping[str, Any],
+    trials: Iterable[Trial],
+    missing: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> None:
     """Write the files of a study, each whole or not at all."""
     folder, trials = Path(folder), tuple(trials)
@@ -134,10 +158,12 @@ def write(
     replace(folder / SETTINGS, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
     replace(folder / CURVES, json.dumps({trial.id: trial.curve for trial in trials if trial.curve}) + "\n")
     replace(folder / TRIALS, table.getvalue())
-    if missing:
-        replace(folder / MISSING, json.dumps(list(missing), indent=1, ensure_ascii=False) + "\n")
-    else:
-        (folder / MISSING).unlink(missing_ok=True)
+    left = {MISSING: list(missing), PROGRESS: None if progress is None else asdict(progress)}
+    for name, value in left.items():
+        if value:
+            replace(folder / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        else:
+            (folder / name).unlink(missing_ok=True)
 
 
 def replace(path: Path, text: str | bytes) -> None:
@@ -190,6 +216,14 @@ def _settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise AttunementError(f"{path}: expected the settings of a study, got {type(settings).__name__}")
     return settings
+
+
+def _progress(path: Path) -> Progress | None:
+    values = _json(path, None)
+    try:
+        return None if values is None else Progress(**{one.name: int(values[one.name]) for one in fields(Progress)})
+    except (KeyError, TypeError, ValueError):
+        raise AttunementError(f"{path}: expected how far a study is, got {json.dumps(values)[:60]}") from None
 
 
 def _json(path: Path, default: Any) -> Any:

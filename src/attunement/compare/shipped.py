@@ -26,7 +26,7 @@ def publish(studies: Path, runs: Path) -> int:
 
     found = [folder for folder in sorted(studies.iterdir()) if (runs / folder.name / records.TRIALS).is_file()]
     for folder in found:
-        for name in (records.TRIALS, records.CURVES, records.MISSING):
+        for name in (records.TRIALS, records.CURVES, records.MISSING, records.PROGRESS):
             if (runs / folder.name / name).is_file():
                 shutil.copyfile(runs / folder.name / name, folder / name)
             else:
@@ -48,6 +48,7 @@ def collect(studies: Path, path: Path = RESULTS) -> int:
             "columns": columns,
             "trials": [[_short(getattr(t, name)) for name in columns] for t in study.trials if t.stage == "final"],
         }
+        | ({} if study.progress is None else {"progress": dataclasses.asdict(study.progress)})
         for study in found
     ]
     text = json.dumps({"studies": made}, ensure_ascii=False, separators=(",", ":"))
@@ -68,7 +69,8 @@ def _study(one: dict[str, Any]) -> Study:
     trials = tuple(
         Trial(id=str(i), **{name: value for name, value in row.items() if name in known}) for i, row in enumerate(rows)
     )
-    return Study(one["name"], one["settings"], trials)
+    progress = records.Progress(**one["progress"]) if "progress" in one else None
+    return Study(one["name"], one["settings"], trials, progress=progress)
 
 
 def _short(value: Any) -> Any:

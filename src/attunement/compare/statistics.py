@@ -8,7 +8,9 @@ https://doi.org/10.2202/1544-6115.1027, with few pairs the plain paired t; pairs
 and judged by their own, as Phipson et al., 2016, do, https://doi.org/10.1214/16-AOAS920). Many comparisons with one method
 are corrected by Holm's steps, those with the best one for all pairs since it was found by looking. The interval of
 each difference is taken at the level of its own step: it excludes zero exactly where the corrected test rejects, so
-that `better` has one meaning.
+that `better` has one meaning. Seeds that came to the same value to the last digit, as they may where quality is counted on
+some hundred rows, say nothing of how far apart seeds lie: there is no interval then, and nothing is sure, unless the
+other pairs lend their variance.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ Values = Mapping[tuple[str, int], float]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its interval at 95 %; no interval (None) from fewer than two values."""
+    """A mean with its interval at 95 %; no interval (None) from fewer than two values, or where all are equal."""
 
     mean: float
     low: float | None
@@ -46,6 +48,13 @@ class Estimate:
         """Half of the interval's width."""
         return None if self.high is None else self.high - self.mean
 
+    def within(self, least: float, most: float) -> Estimate:
+        """The interval without what no value can be: it holds the truth as often as before."""
+        if self.low is None or self.high is None:
+            return self
+        low, high = min(max(self.low, least), self.mean), max(min(self.high, most), self.mean)
+        return Estimate(self.mean, low, high, self.count)
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -54,7 +63,8 @@ class Difference:
     mean: float
     low: float | None
     high: float | None
-    """The interval at the level of its step in Holm's correction; None where there were too few seeds for any."""
+    """The interval at the level of its step in Holm's correction; None where there were too few seeds for any, or all
+    of them differed by the same."""
     p: float
     """Corrected for the number of comparisons."""
     pairs: int
@@ -76,7 +86,7 @@ class Prior:
 def estimate(values: Values) -> Estimate:
     """The mean over tasks of the means over seeds, and its interval. Raises `ValueError` where there are no values."""
     mean, variance, degrees = _blocks(values)
-    if not degrees:
+    if not degrees or not variance:
         return Estimate(mean, None, None, len(values))
     half = float(stats.t.ppf(0.5 + LEVEL / 2, degrees)) * math.sqrt(variance * _weight(values))
     return Estimate(mean, mean - half, mean + half, len(values))
@@ -137,10 +147,13 @@ def compare(
         shared = 0.0 if _wild(variance, degrees, common) else common.degrees
         total = float(degrees + shared)
         variance = (degrees * variance + shared * common.variance) / total
-        same = all(value == 0 for value in difference.values())
         error = math.sqrt(variance * _weight(difference))
-        p = 1.0 if same else 0.0 if not error else 2 * float(stats.t.sf(abs(mean) / error, total))
-        tests[name] = (mean, error, total, p, len(difference))
+        if all(value == 0 for value in difference.values()):
+            tests[name] = (mean, error, total, 1.0, len(difference))
+        elif not error:
+            tests[name] = (mean, math.inf, 0.0, 1.0, len(difference))
+        else:
+            tests[name] = (mean, error, total, 2 * float(stats.t.sf(abs(mean) / error, total)), len(difference))
     made: dict[str, Difference] = {}
     level, corrected, stopped = 0.0, 0.0, False
     ordered = sorted(tests, key=lambda name: tests[name][3])

@@ -191,22 +191,38 @@ class Study(Section):
         return self.storage or f"sqlite:///{self.folder / 'study.db'}"
 
     def plain(self) -> dict[str, Any]:
-        """The study as plain data, from which another process makes it again."""
+        """The study as plain data, from which another process makes it again; with the password of its database."""
         values = self.model_dump(mode="json", exclude_none=True)
         for task in values["tasks"].values():
             del task["training"]["learning_rate"]  # a default that no trial takes
         return values
 
     def settings(self) -> dict[str, Any]:
-        """What `study.yaml` holds and what makes two studies the same; paths as seen from the current folder."""
+        """What `study.yaml` and the page hold and what makes two studies the same; paths as seen from the current folder,
+        the address of the database without its password."""
         values = self.plain()
         values.pop("output", None)
+        values |= {"storage": masked(values["storage"])} if "storage" in values else {}
         for task in values["tasks"].values():
             task["model"]["path"] = _near(task["model"]["path"])
             for rows in filter(None, (task["data"], task.get("forgetting"))):
                 rows |= {k: _near(rows[k]) for k in ("source", "train", "eval", "test") if k in rows}
         imports = [near(name) for name in values.pop("imports")]
         return values | ({"imports": imports} if imports else {})
+
+
+SECRETS = (
+    (re.compile(r"(?<=://)([^:/@\s]*):[^@\n]*@(?:\S*@)?"), r"\1:***@"),
+    (re.compile(r"(?<![/\w])(\w+):(?!//)\S*@"), r"\1:***@"),  # of an address that is none
+    (re.compile(r"(?<=[?&])([^=&\s]*(?:pas|pwd|secret|token)[^=&\s]*)=[^&\s]*", re.IGNORECASE), r"\1=***"),
+)
+
+
+def masked(text: str) -> str:
+    """A text without the passwords of the addresses in it: `postgresql://user:***@host/name`."""
+    for secret, shown in SECRETS:
+        text = secret.sub(shown, text)
+    return text
 
 
 def _near(path: str) -> str:
@@ -328,6 +344,14 @@ def seconds(text: str | float | None) -> float | None:
     return value
 
 
+def launchers(count: int) -> list[str]:
+    """What starts so many processes that train each trial together, as it is typed: accelerate's way and torchrun's."""
+    return [
+        f"accelerate launch --num_processes {count} -m attunement",
+        f"torchrun --nproc-per-node {count} -m attunement",
+    ]
+
+
 def made(values: Mapping[str, Any], where: str, folder: Path | None = None) -> Study:
     """A study from plain data; paths in it are looked for in `folder`, then in the current one.
 
@@ -354,7 +378,10 @@ def made(values: Mapping[str, Any], where: str, folder: Path | None = None) -> S
     try:
         study: Study = read(Study, values, where)
     except AttunementError as error:
-        raise AttunementError(str(error).replace(f"{where}: {where}", where)) from None
+        said = str(error).replace(f"{where}: {where}", where)
+        if own:  # nobody wrote `tasks`
+            said = said.replace(f"tasks.{next(iter(values['tasks']))}.", "")
+        raise AttunementError(said) from None
     return study
 
 

@@ -73,6 +73,12 @@ COSTS = ("backward_bytes", "peak_memory", "step", "trainable")
 EXACT = ("trainable", "saved_bytes", "backward_bytes", "flops")
 """Counted, not timed: one run says it."""
 
+SPREAD = ("quality", "calibration", "forgetting", "step")
+"""What is shown with its interval."""
+
+BOUNDS = {"calibration": (0.0, 1.0), "step": (0.0, math.inf), "inference": (0.0, math.inf)}
+"""Between which values a measure can lie; an interval is cut off there."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -95,6 +101,8 @@ class Row:
     """The best method's quality minus this one's; None for the best itself and where it cannot be compared."""
     to_full: Difference | None = None
     """This one's quality minus that of full fine-tuning."""
+    to_still: Difference | None = None
+    """This one's quality minus that of the model as it is."""
     first: bool = False
     """Whether its mean quality is the highest of the task."""
     level: bool = False
@@ -151,7 +159,8 @@ def _of_task(task: str, parts: list[str], groups: Mapping[str, list[Trial]]) -> 
     for row in found:
         if row.method == STILL and row.quality:  # nothing about it is random: one run stands for every seed
             mine = {part: value for (part, _), value in quality[row.label].items()}
-            quality[row.label] = {(part, seed): value for part, value in mine.items() for seed in seeds}
+            own = {(part, seed): value for part, value in mine.items() for seed in seeds}
+            quality[row.label] = own | quality[row.label]
     sign = 1.0 if all(higher(row.metric) for row in found) else -1.0
     ranked = sorted((row for row in found if row.quality), key=lambda row: (-sign * _mean(row, "quality"), row.label))
     if not ranked:
@@ -161,6 +170,9 @@ def _of_task(task: str, parts: list[str], groups: Mapping[str, list[Trial]]) -> 
     to_best = compare(quality[best.label], {row.label: quality[row.label] for row in ranked[1:]}, common, chosen=True)
     others = {row.label: quality[row.label] for row in ranked if full is not None and row is not full}
     to_full = compare(quality[full.label], others, common) if full is not None else {}
+    still = next((row for row in ranked if row.method == STILL), None)
+    trained = {row.label: quality[row.label] for row in ranked if row is not still}
+    to_still = compare(quality[still.label], trained, common) if still is not None else {}
     fronts: dict[str, list[str]] = {}
     for cost in COSTS:
         able = [row for row in ranked if cost in row.values]
@@ -174,6 +186,7 @@ def _of_task(task: str, parts: list[str], groups: Mapping[str, list[Trial]]) -> 
                 to_best=to_best.get(row.label),
                 level=row is not best and not _sure(to_best, row) and _within(best, row),
                 to_full=_turned(to_full.get(row.label)),
+                to_still=_turned(to_still.get(row.label)),
                 first=row is best,
                 front=tuple(fronts.get(row.label, ())),
             )
@@ -187,18 +200,24 @@ def _row(task: str, parts: list[str], trials: Sequence[Trial]) -> Row:
     final = [trial for trial in trials if trial.stage == "final"]
     done = [trial for trial in final if trial.state == "done"]
     states = {state: sum(trial.state == state for trial in final) for state in dict.fromkeys(t.state for t in final)}
+    metrics = list(dict.fromkeys(trial.metric for trial in trials))
     values = {}
     for measure in MEASURES:
         found = _values(done, measure.key)
         if found and {part for part, _ in found} == set(parts):  # a mean over some of the tasks would be of others
-            values[measure.key] = estimate(found)
+            values[measure.key] = estimate(found).within(*_bounds(measure, metrics))
     if task == ALL:
         values.pop("rate", None)
     first = (final or trials)[0]
-    metrics = list(dict.fromkeys(trial.metric for trial in trials))
     lost = [trial.error for trial in trials if trial.state in ("failed", "diverged")]
     error = next(filter(None, lost), "")
     return Row(task, first.label, first.method, first.recipe, " and ".join(metrics), values, states, len(lost), error)
+
+
+def _bounds(measure: Measure, metrics: Sequence[str]) -> tuple[float, float]:
+    if measure.key == "quality" and unit_of(measure, " and ".join(metrics)) == "share":
+        return 0.0, 1.0
+    return BOUNDS.get(measure.key, (-math.inf, math.inf))
 
 
 def _values(trials: Sequence[Trial], key: str) -> dict[tuple[str, int], float]:
@@ -270,7 +289,8 @@ def window(rows: Sequence[Row]) -> tuple[float, float]:
     inside = [end for end in ends if low - beyond <= end <= high + beyond]
     low, high = min([low, *inside]), max([high, *inside])
     edge = 0.04 * (high - low) or 0.02 * abs(high) or 0.5
-    return float(low - edge), float(high + edge)
+    least, most = _bounds(MEASURES[0], [row.metric for row in rows])
+    return max(float(low - edge), least), min(float(high + edge), most)
 
 
 def unit_of(measure: Measure, metric: str) -> str:
@@ -296,7 +316,7 @@ def plain(found: Mapping[str, list[Row]]) -> list[dict[str, Any]]:
             for measure in measures(found):
                 value = row.values.get(measure.key)
                 record[measure.key] = value and value.mean
-                if measure.key in ("quality", "calibration", "forgetting", "step"):
+                if measure.key in SPREAD:
                     record |= {f"{measure.key}_low": value and value.low, f"{measure.key}_high": value and value.high}
             for word, one in (("behind_best", row.to_best), ("over_full", row.to_full)):
                 for key in ("mean", "low", "high", "p"):
@@ -359,6 +379,10 @@ def _sure(differences: Mapping[str, Difference], row: Row) -> bool:
 
 
 def _within(best: Row, row: Row) -> bool:
-    """Whether the mean quality of a row lies within the interval of the best, where that has one."""
-    low, high = best.values["quality"].low, best.values["quality"].high
-    return low is None or high is None or low <= _mean(row, "quality") <= high
+    """Whether the mean quality of a row lies within the interval of the best; where that has none, as it has from equal
+    seeds, whether that of the best lies within the row's."""
+    for one, other in ((best, row), (row, best)):
+        low, high = one.values["quality"].low, one.values["quality"].high
+        if low is not None and high is not None:
+            return low <= _mean(other, "quality") <= high
+    return True

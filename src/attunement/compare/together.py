@@ -24,7 +24,7 @@ import torch
 from torch import distributed
 
 from attunement.compare import trial
-from attunement.compare.study import Entry, Study, StudyTask, entries, read
+from attunement.compare.study import Entry, Study, StudyTask, entries, launchers, read
 from attunement.compare.trial import Ground, Outcome, Report
 from attunement.errors import AttunementError
 from attunement.train.recipe import import_all
@@ -35,6 +35,17 @@ if TYPE_CHECKING:
 POLL, GRACE, ANSWER = 0.02, 1.0, 600.0
 """Seconds between two looks at the store; that others have to meet the same end by themselves; that any wait may last."""
 LOST = ("failed", "diverged")
+
+
+def launcher(size: int) -> str:
+    """What started the processes of this launch, as it is typed; both ways where that cannot be seen."""
+    with_accelerate, with_torchrun = launchers(size)
+    if any(name.startswith("ACCELERATE_") for name in os.environ):
+        flag = "" if torch.cuda.device_count() >= size else " --multi_gpu"  # without it there would be one process
+        return with_accelerate.replace(" -m", f"{flag} -m")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return with_torchrun
+    return f"{with_accelerate}, or {with_torchrun}"
 
 
 class Team:

@@ -16,6 +16,8 @@ from attunement.train.words import near
 if TYPE_CHECKING:
     import datasets
 
+NO_ROWS = ("No columns to parse", "corresponds to no data")
+"""What pandas and datasets say of a file without rows."""
 READERS = {"csv": "csv", "tsv": "csv", "jsonl": "json", "json": "json", "ndjson": "json", "parquet": "parquet"}
 
 
@@ -54,14 +56,18 @@ class Data(Section):
             splits |= {"train": parts["train"], "eval": parts["test"]}
         return splits
 
-    def read(self, where: str, roles: Mapping[str, bool]) -> datasets.Dataset:
-        """One split or file with its columns renamed to the roles they play."""
+    def known(self, roles: Mapping[str, bool]) -> None:
+        """Refuse `columns` that name a role which the task does not have: raises `AttunementError`."""
         unknown = [role for role in self.columns if role not in roles]
         if unknown:
             raise AttunementError(
                 f"data.columns: this task has no role {unknown[0]!r}; it has {', '.join(roles)}"
                 f"{nearest(unknown[0], roles)}"
             )
+
+    def read(self, where: str, roles: Mapping[str, bool]) -> datasets.Dataset:
+        """One split or file with its columns renamed to the roles they play."""
+        self.known(roles)
         table = _open(where, self.source, self.config)
         chosen = {}
         for role, required in roles.items():
@@ -101,7 +107,13 @@ def _open(where: str, source: str | None, config: str | None) -> datasets.Datase
         raise
     except Exception as error:  # datasets raises a dozen kinds, from missing repositories to torn Parquet files
         cause = str(error.__cause__ or error).strip().split("\n")[0]
-        raise AttunementError(f"data: {f'{source} ' if source else ''}{near(where)} cannot be read: {cause}") from error
+        blank = source is None and not any(Path(path).stat().st_size for path in glob.glob(where, recursive=True))
+        name = f"{source} {near(where)}" if source else near(where)
+        if blank or any(words in cause for words in NO_ROWS):
+            columns = source is None and READERS.get(suffix_of(where)) == "csv"
+            wanted = "a line with the names of the columns and rows below it" if columns else "at least one row"
+            raise AttunementError(f"data: {name} has no rows: expected {wanted}") from error
+        raise AttunementError(f"data: {name} cannot be read: {cause or type(error).__name__}") from error
 
 
 def suffix_of(path: str) -> str:

@@ -28,20 +28,20 @@ def read(section: type[Section], values: Mapping[str, Any], where: str) -> Any:
 
 
 def _sentence(section: type[Section], error: ValidationError) -> str:
-    first = error.errors()[0]
+    # a key that is missing may be the one that was misspelt, and that says more
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     path = [str(part) for part in first["loc"]]
-    place = ".".join(part for part in path if part not in _tags(section))
+    place, owners = _walked(section, path)
     got = short(first["input"])
     if first["type"] == "extra_forbidden":
-        owner = _owner(section, path[:-1])
-        known = list(owner.model_fields) if owner else []
-        return f"unknown key {place!r}; known here: {', '.join(known)}{nearest(path[-1], known)}"
+        _, around = _walked(section, path[:-1])
+        known = list(around[0].model_fields) if around else []
+        here = f"; known here: {', '.join(known)}" if known else ""
+        return f"unknown key {place!r}{here}{nearest(path[-1], known)}"
     if first["type"] == "missing":
         return f"the key {place!r} is missing"
     if first["type"] == "union_tag_not_found":
-        return (
-            f"{place} needs a key 'kind': one of {first['ctx'].get('expected_tags', '') or ', '.join(_tags(section))}"
-        )
+        return f"{place} needs a key 'kind': one of {', '.join(kind for one in owners for kind in _kinds(one))}"
     if first["type"] == "union_tag_invalid":
         tag, expected = first["ctx"]["tag"], first["ctx"]["expected_tags"].replace("'", "").split(", ")
         return f"{place}.kind must be one of {', '.join(expected)}, got {tag!r}{nearest(tag, expected)}"
@@ -49,8 +49,7 @@ def _sentence(section: type[Section], error: ValidationError) -> str:
         said = first["msg"].partition(", ")[2]
         return said if not place or said.startswith(place) else f"{place}: {said}"
     if first["type"] in ("model_type", "model_attributes_type"):
-        owner = _owner(section, path)
-        return f"{place} must have keys of its own ({', '.join(owner.model_fields) if owner else ''}), got {got}"
+        return f"{place} must have keys of its own ({', '.join(owners[0].model_fields) if owners else ''}), got {got}"
     return f"{place} must be {wanted(first['msg'])}, got {got}"
 
 
@@ -62,25 +61,31 @@ def _sections(annotation: Any) -> list[type[Section]]:
     return []
 
 
-def _tags(section: type[Section]) -> list[str]:
-    """The `kind`s that pydantic puts into the path of an error, and that nobody wrote there."""
-    return [
-        kind
-        for field in section.model_fields.values()
-        for found in _sections(field.annotation)
-        for kind in typing.get_args(found.model_fields["kind"].annotation if "kind" in found.model_fields else None)
-    ]
+def _values(annotation: Any) -> list[Any]:
+    """What the values of a mapping are."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        return [found for argument in typing.get_args(annotation) for found in _values(argument)]
+    return list(typing.get_args(annotation)[1:]) if typing.get_origin(annotation) is dict else []
 
 
-def _owner(section: type[Section], path: list[str]) -> type[Section] | None:
-    choices = [section]
+def _kinds(section: type[Section]) -> tuple[str, ...]:
+    field = section.model_fields.get("kind")
+    return typing.get_args(field.annotation) if field else ()
+
+
+def _walked(section: type[Section], path: list[str]) -> tuple[str, list[type[Section]]]:
+    """The place of an error as it is written in the file, and the sections that may stand there.
+
+    pydantic puts the `kind`s of sections into its paths, which nobody wrote there.
+    """
+    choices: list[Any] = [section]
+    written = []
     for part in path:
-        tagged = [
-            c
-            for c in choices
-            if "kind" in c.model_fields and part in typing.get_args(c.model_fields["kind"].annotation)
-        ]
-        choices = tagged or [
-            s for c in choices if part in c.model_fields for s in _sections(c.model_fields[part].annotation)
-        ]
-    return choices[0] if choices else None
+        sections = [found for choice in choices for found in _sections(choice)]
+        if of_kind := [one for one in sections if part in _kinds(one)]:
+            choices = of_kind
+            continue
+        written.append(part)
+        fields = [one.model_fields[part].annotation for one in sections if part in one.model_fields]
+        choices = [value for choice in choices for value in _values(choice)] or fields
+    return ".".join(written), [found for choice in choices for found in _sections(choice)]
