@@ -319,7 +319,7 @@ def test_the_time_to_come_is_that_of_trials_alike(straight: Study) -> None:
 def test_a_budget_ends_every_search_after_the_same_number(
     straight: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attune: Any
 ) -> None:
-    study = straight.model_copy(update={"output": str(tmp_path / "budget"), "budget": "1h"})
+    study = straight.model_copy(update={"output": str(tmp_path / "budget"), "budget": "66m"})
     engine = Engine(study)
     real = trials.run
 
@@ -334,6 +334,7 @@ def test_a_budget_ends_every_search_after_the_same_number(
     tried = {one.label: 0 for one in found if one.label != "zero-shot"}
     for one in found:
         tried[one.label] = tried.get(one.label, 0) + (one.stage == "search")
+    assert tried.pop("linear probe") == 3, "it finds the rate of the heads"
     assert set(tried.values()) - {0} == {2}
     assert "every search ended after 2 of 3 rates" in tally.missing
     assert any("seeds" in said for said in tally.missing)

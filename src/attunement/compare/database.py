@@ -37,7 +37,7 @@ BEAT, GRACE = 15.0, 120.0
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 FREE = ("budget", "storage")
 """Settings in which a study may differ from what it began with."""
-DEFAULTS = {"processes": 1}
+DEFAULTS: dict[str, Any] = {"processes": 1, "search.heads": "same"}
 """What a setting is that is not written."""
 
 
@@ -441,7 +441,19 @@ def _tell(study: optuna.Study, trial: Any, attributes: dict[str, Any]) -> None:
 
 
 def _plain(record: Trial) -> dict[str, Any]:
-    kept = ("rate", "seed", "state", "error", "quality", "calibration", "forgetting", "seconds", "steps", "curve")
+    kept = (
+        "rate",
+        "head_rate",
+        "seed",
+        "state",
+        "error",
+        "quality",
+        "calibration",
+        "forgetting",
+        "seconds",
+        "steps",
+        "curve",
+    )
     values = {key: getattr(record, key) for key in kept}
     return json.loads(json.dumps(values))
 

@@ -23,7 +23,7 @@ from optuna.trial import TrialState
 from attunement.compare import rates, records, trial
 from attunement.compare.database import Database, Line, beating, saying
 from attunement.compare.records import BASELINES, Progress, Trial
-from attunement.compare.study import FULL, ZERO, Study, entries, launchers, seconds
+from attunement.compare.study import FULL, PROBE, ZERO, Study, entries, launchers, seconds
 from attunement.compare.trial import Ground, Outcome
 from attunement.errors import AttunementError
 from attunement.train.words import near
@@ -115,10 +115,13 @@ class Engine:
 
     # --- what comes next ---
 
-    def cap(self) -> int:
-        """Trials of every search: the study's, or those that all methods had when a budget was spent."""
+    def cap(self, line: Line | None = None) -> int:
+        """Trials of every search: the study's, or those that all methods had when a budget was spent.
+
+        The search of a probe that finds the rate of heads for all methods is never cut.
+        """
         trials = self.study.search.trials
-        if self.deadline is None:
+        if self.deadline is None or (line is not None and self.leads(line)):
             return trials
         return self.base.head.user_attrs.get("cap") or trials
 
@@ -128,11 +131,11 @@ class Engine:
         Without a budget one method is finished before the next begins, so that a study that is stopped has whole methods;
         with one all methods go through their first rate, then their second, so that they have had the same.
         """
-        cap, found, others = self.cap(), [], False
+        found, others = [], False
         for place, line in enumerate(self.lines):
             if line.complete:
                 continue
-            stage, slots = self._open(line, cap)
+            stage, slots = self._open(line, self.cap(line))
             if stage is None:
                 line.complete = True
                 continue
@@ -151,6 +154,8 @@ class Engine:
         """The stage that a line is in and its slots that nobody works on; (None, []) where it is complete."""
         if line.fact("refused") is not None:
             return None, []
+        if line.entry.method not in (ZERO, PROBE) and self.head_rate(line.task) is None:
+            return "search", []  # when the probe's search is over
         if line.entry.method != ZERO:
             slots = line.slots("search")
             done = [slot for slot, one in slots.items() if one.state.is_finished() and slot < cap]
@@ -167,6 +172,25 @@ class Engine:
             return "final", []
         return "final", [slot for slot in range(self.study.seeds) if slot not in slots]
 
+    def leads(self, line: Line) -> bool:
+        """Whether the search of a line finds the rate of task heads for all others."""
+        return line.entry.method == PROBE and self.study.search.heads == "probe"
+
+    def head_rate(self, task: str) -> float | None:
+        """The rate of task heads beside methods: that of the probe's search, kept for good; 0 for the method's own, and None
+        while the probe is searched."""
+        if self.study.search.heads == "same":
+            return 0.0
+        probe = next(line for line in self.lines if line.task == task and line.entry.method == PROBE)
+        if probe.fact("head_rate") is None:
+            cap = self.cap(probe)
+            slots = {} if probe.fact("refused") is not None else probe.slots("search")
+            done = sum(one.state.is_finished() for slot, one in slots.items() if slot < cap)
+            if probe.fact("refused") is None and done < cap:
+                return None
+            probe.state("head_rate", best_rate(probe, cap) or 0.0)
+        return float(probe.fact("head_rate"))
+
     def spent(self, job: Job) -> bool:
         """Whether the budget leaves no room for a trial; a search then ends for all methods after the same number."""
         if self.deadline is None:
@@ -174,7 +198,7 @@ class Engine:
         left = self.deadline - time.monotonic()
         if left <= 0:
             return True
-        if job.stage == "search" and job.slot > 0:
+        if job.stage == "search" and job.slot > 0 and not self.leads(job.line):
             mean = {id(line): _mean_seconds(line) for line in self.lines if line.fact("refused") is None}
             typical = sum(mean.values()) / max(len(mean), 1)
             finals = self.study.seeds * sum(mean.values())
@@ -206,7 +230,7 @@ class Engine:
             self.look()
             if self.deadline is not None and self.spent(job):
                 break
-            if job.stage == "search" and job.slot >= self.cap():
+            if job.stage == "search" and job.slot >= self.cap(job.line):
                 continue
             if self.prepared(job.line):
                 self.run(job)
@@ -298,7 +322,7 @@ class Engine:
                     with saying(self.study):
                         rate = claimed.suggest_float("rate", line.entry.low, line.entry.high, log=True)
                 elif line.entry.method != ZERO:
-                    rate = best_rate(line, self.cap())
+                    rate = best_rate(line, self.cap(line))
                 self.tally.now = f"{line.entry.label} " + ("" if rate is None else f"at {rate:.2g}, ")
                 self.tally.now += f"search {job.slot + 1}" if job.stage == "search" else f"seed {seed}"
                 self.watch(self.tally)
@@ -311,6 +335,7 @@ class Engine:
                         claimed.report(quality, number)
                         return stops is not None and stops.prune(line.search, _frozen(line, claimed))
 
+                ground.head_rate = self.head_rate(line.task) or None
                 work = trial.run if self.team is None else self.team.run
                 outcome = work(ground, line.entry, rate, seed, job.stage, report)
             except BaseException:
@@ -318,9 +343,11 @@ class Engine:
                 raise
             self.tally.busy += outcome.busy
             self.tally.lengths.append(outcome.seconds)
-            line.finish(job.stage, claimed, record(outcome, line, job, rate, seed))
-        if job.stage == "search" and job.slot == self.cap() - 1 and (best := best_rate(line, self.cap())) is not None:
-            rates.store(self.study.folder, self.study.tasks[line.task], line.entry, best)
+            head_rate = ground.head_rate if line.entry.leaves_head else None
+            line.finish(job.stage, claimed, record(outcome, line, job, rate, head_rate, seed))
+        cap = self.cap(line)
+        if job.stage == "search" and job.slot == cap - 1 and (best := best_rate(line, cap)) is not None:
+            rates.store(self.study.folder, self.study.tasks[line.task], line.entry, search.heads, best)
 
     # --- what is left behind ---
 
@@ -341,8 +368,7 @@ class Engine:
         if due:
             self.looked, self.looking = time.monotonic(), time.monotonic() - start
         found = [made for one in self.lines for made in self.found[id(one)]]
-        cap = self.cap()
-        open_ = {id(one): self._left(one, cap, asks=due) for one in self.lines}
+        open_ = {id(one): self._left(one, self.cap(one), asks=due) for one in self.lines}
         self.tally.done = sum(not made.id.endswith("/refused") for made in found)
         self.tally.total = self.tally.done + sum(map(sum, open_.values()))
         self.tally.still = sum(made.method == ZERO for made in found)
@@ -417,8 +443,10 @@ class Engine:
                 continue
             tried = sum(one.state.is_finished() for one in line.slots("search").values())
             ran = sum(one.state.is_finished() for one in line.slots("final").values())
-            if line.entry.method != ZERO and tried < cap:
-                said.append(f"{line.task}: {line.entry.label} has had {tried} of {cap} rates and no final run")
+            if line.entry.method != ZERO and tried < self.cap(line):
+                said.append(
+                    f"{line.task}: {line.entry.label} has had {tried} of {self.cap(line)} rates and no final run"
+                )
             elif ran < self.study.seeds:
                 said.append(f"{line.task}: {line.entry.label} has had {ran} of {self.study.seeds} seeds")
         return said
@@ -459,7 +487,7 @@ def publish(folder: Path) -> None:
     report.write(folder)
 
 
-def record(outcome: Outcome, line: Line, job: Job, rate: float | None, seed: int) -> Trial:
+def record(outcome: Outcome, line: Line, job: Job, rate: float | None, head_rate: float | None, seed: int) -> Trial:
     """An outcome as a record; what holds for all trials of a method is added when it is read."""
     return Trial(
         id=f"{line.task}/{line.entry.label}/{job.stage}/{job.slot}",
@@ -468,6 +496,7 @@ def record(outcome: Outcome, line: Line, job: Job, rate: float | None, seed: int
         label=line.entry.label,
         stage=job.stage,
         rate=rate,
+        head_rate=head_rate,
         seed=seed,
         state=outcome.state,
         error=outcome.error,
@@ -507,7 +536,7 @@ def sampler(study: Study, job: Job) -> optuna.samplers.BaseSampler:
     if search.known:
         start = line.fact("start")
         if start is None:  # kept, so that a study that is resumed goes on as it began
-            start = rates.known(study.tasks[line.task], line.entry) or 0.0
+            start = rates.known(study.tasks[line.task], line.entry, search.heads) or 0.0
             line.state("start", start)
         if start:
             points = [start, *(p for p in points if abs(math.log(p / start)) > 1e-6)][: len(points)]

@@ -20,27 +20,29 @@ def cache() -> Path:
     return Path(home) / "attunement" / RATES
 
 
-def key(task: StudyTask, entry: Entry) -> str:
-    """What a rate is kept under: model, kind of task and the adapter section, whatever the method is called."""
+def key(task: StudyTask, entry: Entry, heads: str) -> str:
+    """What a rate is kept under: model, kind of task, what heads learn at, and the adapter section, whatever the method is
+    called."""
     about = [Path(task.model.path).name, task.task.kind, entry.method if not entry.adapter else entry.adapter]
+    about += [] if heads == "same" else [heads]
     text = json.dumps(about, sort_keys=True)
     return f"{about[0]} {about[1]} {entry.method} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def known(task: StudyTask, entry: Entry) -> float | None:
+def known(task: StudyTask, entry: Entry, heads: str) -> float | None:
     """The rate that was found last, inside the range that is searched now."""
-    found = _read(cache()).get(key(task, entry), {}).get("rate")
+    found = _read(cache()).get(key(task, entry, heads), {}).get("rate")
     return found if isinstance(found, float) and entry.low <= found <= entry.high else None
 
 
-def store(folder: Path, task: StudyTask, entry: Entry, rate: float) -> None:
+def store(folder: Path, task: StudyTask, entry: Entry, heads: str, rate: float) -> None:
     """Keep a found rate, in the study's folder and for later studies; a cache that cannot be written is passed over."""
     from attunement import __version__
 
     row = {"rate": rate, "method": entry.method, "version": __version__}
     for file in (folder / RATES, cache()):
         try:
-            replace(file, json.dumps(_read(file) | {key(task, entry): row}, indent=1) + "\n")
+            replace(file, json.dumps(_read(file) | {key(task, entry, heads): row}, indent=1) + "\n")
         except OSError:
             continue
 

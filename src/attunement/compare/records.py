@@ -48,6 +48,8 @@ class Trial:
     stage: str = "final"
     """`search` (of the learning rate, measured on rows held out of the training rows) or `final`."""
     rate: float | None = None
+    head_rate: float | None = None
+    """That of the task head beside the method, where it has one of its own."""
     seed: int = 0
     state: str = "done"
     error: str = ""

@@ -20,11 +20,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 import attunement as at
+from attunement.choosing import names_head
 from attunement.errors import AttunementError, nearest
 from attunement.train.data import Data
 from attunement.train.recipe import Recipe, Training, import_all, mapping, methods_of, named_recipes, placed
@@ -70,6 +71,8 @@ class StudyTask(Section):
     def _checked(self) -> StudyTask:
         if "learning_rate" in self.training.model_fields_set:
             raise ValueError("training.learning_rate is what a study searches; give its bounds as search.low and .high")
+        if "head_learning_rate" in self.training.model_fields_set:
+            raise ValueError("training.head_learning_rate is what the linear probe's search finds; see search.heads")
         known = metrics_of(self.task)
         if self.metric is not None and self.metric not in known:
             raise ValueError(
@@ -83,7 +86,9 @@ class StudyTask(Section):
         metric = self.metric or self.task.metric
         return f"negative {metric}" if metric in LOWER else metric
 
-    def recipe(self, adapter: Mapping[str, Any], rate: float | None, seed: int, output: str) -> Recipe:
+    def recipe(
+        self, adapter: Mapping[str, Any], rate: float | None, seed: int, output: str, head_rate: float | None = None
+    ) -> Recipe:
         """The recipe of one trial."""
         training = self.training.model_dump(exclude_unset=True) | {
             "eval_strategy": "no",
@@ -92,6 +97,8 @@ class StudyTask(Section):
         }
         if rate is not None:
             training["learning_rate"] = rate
+        if head_rate is not None:
+            training["head_learning_rate"] = head_rate
         values = {"adapter": dict(adapter), "training": training, "seed": seed, "output": output}
         plain = {key: getattr(self, key).model_dump(exclude_unset=True) for key in ("model", "data")}
         task = self.task.model_dump()
@@ -118,6 +125,9 @@ class Search(Section):
     """Share of the training rows held out where neither `data.eval` nor unused training rows serve."""
     rows: PositiveInt = 1000
     """Rows that a search trial is measured on at most."""
+    heads: Literal["probe", "same"] = "probe"
+    """At which rate a task head trains beside a method: at the one that the search of the linear probe has found, so that
+    what is searched is the method's own, or at the same as the method. A head that a recipe names is the recipe's."""
     known: bool = True
     """Whether the first trial takes the rate that an earlier study found for the same method, model and kind of task."""
 
@@ -194,7 +204,8 @@ class Study(Section):
         """The study as plain data, from which another process makes it again; with the password of its database."""
         values = self.model_dump(mode="json", exclude_none=True)
         for task in values["tasks"].values():
-            del task["training"]["learning_rate"]  # a default that no trial takes
+            for key in ("learning_rate", "head_learning_rate"):
+                task["training"].pop(key, None)  # a default that no trial takes
         return values
 
     def settings(self) -> dict[str, Any]:
@@ -243,6 +254,17 @@ class Entry:
     adapter: dict[str, Any]
     low: float
     high: float
+
+    @property
+    def leaves_head(self) -> bool:
+        """Whether it says nothing of task heads, which then train beside it."""
+        if self.method in (ZERO, FULL):
+            return self.method == FULL
+        try:
+            recipe, on = methods_of(self.adapter)
+        except AttunementError:
+            return False  # it cannot be made
+        return not any(map(names_head, recipe if isinstance(recipe, Mapping) else [on]))
 
     @property
     def recipe(self) -> str:

@@ -92,7 +92,8 @@ class Team:
         Raises `AttunementError` where another process cannot load the task or does not answer, `KeyboardInterrupt` where
         one was stopped.
         """
-        self._say({"task": ground.name, "label": entry.label, "rate": rate, "seed": seed, "stage": stage})
+        job = {"task": ground.name, "label": entry.label, "rate": rate, "seed": seed, "stage": stage}
+        self._say(job | {"head_rate": ground.head_rate})
 
         def told(number: int, quality: float) -> bool:
             stop = report(number, quality)
@@ -127,16 +128,17 @@ class Team:
         of = {entry.label: entry for entry in entries(study)}
         kept: dict[str, Ground] = {}
 
-        def ground(task: str) -> Ground:
+        def ground(task: str, head_rate: float | None) -> Ground:
             if task not in kept:
                 kept.clear()
                 kept[task] = Ground(task, study.tasks[task], study.search, study.folder)
+            kept[task].head_rate = head_rate
             return kept[task]
 
         while (job := self._hear()) is not None:
             with contextlib.suppress(AttunementError):  # the first process says it
                 work = (of[job["label"]], job["rate"], job["seed"], job["stage"])
-                self._run(partial(ground, job["task"]), *work, self._told)
+                self._run(partial(ground, job["task"], job["head_rate"]), *work, self._told)
 
     def _stop(self, *_: Any) -> None:
         self.stopped = True  # what is raised in a finalizer is lost

@@ -41,6 +41,19 @@ class Plain(transformers.Trainer):
     """The trainer of full fine-tuning, which has no adapter; batches come in the order in which `at.Trainer` has them."""
 
     _get_train_sampler = Trainer._get_train_sampler  # type: ignore[assignment]
+    head_learning_rate: float | None = None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.head_learning_rate is None:
+            return optimizer
+        places = at.anatomy(self.model).task_heads  # type: ignore[arg-type]
+        heads = {id(p) for place in places for p in place.module.parameters()}
+        for group in list(optimizer.param_groups):
+            if own := [p for p in group["params"] if id(p) in heads]:
+                group["params"] = [p for p in group["params"] if id(p) not in heads]
+                optimizer.add_param_group({**group, "params": own, "lr": self.head_learning_rate})
+        return optimizer
 
 
 @dataclass
@@ -62,12 +75,16 @@ class Outcome:
 class Ground:
     """A task with its model and rows in memory, from which every trial of it starts.
 
+    Attributes:
+        head_rate: the rate of a task head beside a method, where it is not the method's own.
+
     Raises `AttunementError` for data that cannot be used: one class, a missing column, no rows to measure on.
     """
 
     def __init__(self, name: str, task: StudyTask, search: Search, folder: Path):
         quiet()
         self.name, self.folder, self.search = name, folder, search
+        self.head_rate: float | None = None
         where = f"task {name!r}"
         tables = split(task, search, where)
         resolved = task.task.resolved(tables["all"], task.data.train)
@@ -104,7 +121,9 @@ class Ground:
 
     def run(self, entry: Entry, rate: float | None, seed: int, stage: str) -> Run:
         """Everything but the training of a trial."""
-        recipe = self.task.recipe(entry.adapter or {"method": "linear_probe"}, rate, seed, str(self.folder / "work"))
+        head_rate = self.head_rate if entry.leaves_head else None
+        section, output = entry.adapter or {"method": "linear_probe"}, str(self.folder / "work")
+        recipe = self.task.recipe(section, rate, seed, output, head_rate)
         train, measured = ("search", "measured") if stage == "search" else ("train", "test")
         splits = {"train": self.rows[train], "eval": self.rows[measured]}
         model = self.model(seed)
@@ -296,6 +315,7 @@ def trainer_of(made: Run, entry: Entry, callbacks: list[Any], **options: Any) ->
         preprocess_logits_for_metrics=task.for_metrics,
         callbacks=list(callbacks),
     )
+    trainer.head_learning_rate = made.recipe.training.head_learning_rate
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
