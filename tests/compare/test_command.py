@@ -68,6 +68,10 @@ def test_a_study_from_the_command_line(attune: Any, tmp_path: Path, bert: Path, 
     assert str(tmp_path / "study" / "report.html") in said
     code, said, _ = attune("compare", file)
     assert (code, "/7 " in said) == (0, False), "nothing was left to do"
+    code, said, _ = attune("compare", file, "--retry")
+    assert (code, said.splitlines()[0]) == (0, "1 of what failed or was refused is tried again.")
+    code, _, errors = attune("compare", file, "--retry", "--report")
+    assert (code, "expected one of them" in errors) == (2, True)
     (tmp_path / "study" / "report.html").unlink()
     assert attune("compare", file, "--report")[0] == 0
     page = tmp_path / "study" / "report.html"

@@ -55,6 +55,9 @@ def compare(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that work side by side.")] = None,
     on: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
     demo: Annotated[bool, typer.Option("--demo", help="Four methods on MiniLM and a part of banking77.")] = False,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Run again what failed, and try again what was refused.")
+    ] = False,
     report: Annotated[bool, typer.Option("--report", help="Only write the report of what there is.")] = False,
 ) -> None:
     """Compare methods on your model and data: a search of the rate for each, then seeds, then one page.
@@ -62,6 +65,7 @@ def compare(
     The same command goes on where it was stopped; further ones beside it share the work.
     """
     from attunement import cli
+    from attunement.compare.engine import Engine
     from attunement.compare.study import seconds
 
     with contextlib.ExitStack() as launch:
@@ -95,9 +99,14 @@ def compare(
         changed |= {} if team is None else {"processes": study.processes or team.size}
         seconds(changed["budget"])
         study = study.model_copy(update=changed)
+        if report and retry:
+            raise AttunementError("--retry runs trials, and --report runs none; expected one of them")
         if report:
             again(cli.console, study)
         else:
+            if retry:
+                count = Engine(study, writes=False, team=team).retry()
+                cli.console.print(f"{count} of what failed or was refused is tried again.", highlight=False)
             run(cli.console, study, on, workers, team)
         cli.console.print(Text.assemble("The page: ", (str(study.folder / "report.html"), "bold")), soft_wrap=True)
 
@@ -162,12 +171,12 @@ def again(console: Console, study: Study) -> None:
     Raises `AttunementError` where that was found under other settings than these.
     """
     from attunement.compare import records
-    from attunement.compare.database import DEFAULTS, difference
+    from attunement.compare.database import difference
     from attunement.compare.engine import publish
     from attunement.train.words import near, short
 
     kept = records.read(study.folder).settings
-    now = study.settings() | {key: kept.get(key, value) for key, value in DEFAULTS.items()}
+    now = study.settings() | {"processes": kept.get("processes", 1)}  # nothing is run, whoever has started this
     if kept and (said := difference(kept, now)):
         raise AttunementError(
             f"--report: what is in {near(study.folder)} was found with other settings: {said}; "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import importlib.util
 import json
 import math
@@ -18,7 +19,7 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,40 @@ class Database:
         with saying(self.study):
             search = self._study(f"{task}/{entry.label}/search")
             return Line(self, task, entry, search, self._study(f"{task}/{entry.label}/final"))
+
+    @functools.cached_property
+    def again(self) -> dict[str, list[int]]:
+        """The numbers of the trials that do not count any more since `retry`, by Optuna's name of their study."""
+        with saying(self.study):
+            return dict(self.head.user_attrs.get("again", {}))
+
+    def retry(self, lines: Sequence[Line]) -> int:
+        """Have trials that failed run again, and methods that were refused tried again. Returns how many there are.
+
+        The rate of heads is found again, too, where no trial has come to anything at it.
+        """
+        count = 0
+        for line in lines:
+            for study in (line.search, line.final):
+                with saying(self.study):
+                    failed = [
+                        trial.number
+                        for trial in study.get_trials(deepcopy=False)
+                        if trial.user_attrs.get("record", {}).get("state") == "failed"
+                    ]
+                count += len(set(failed) - set(self.again.get(study.study_name, ())))
+                self.again[study.study_name] = failed
+            if line.fact("refused") is not None:
+                count += 1
+                line.state("refused", None)
+            if line.fact("costs") == {}:
+                line.state("costs", None)
+        self.remember("again", {name: numbers for name, numbers in self.again.items() if numbers})
+        for probe in (line for line in lines if line.fact("head_rate") is not None):
+            others = (line for line in lines if line.task == probe.task and line.entry.leaves_head)
+            if not any(one.state in ("done", "pruned") for line in others for one in line.records()):
+                probe.state("head_rate", None)
+        return count
 
     def remember(self, key: str, value: Any) -> None:
         """Keep a fact of the whole study."""
@@ -183,7 +218,8 @@ class Line:
         """Whether a trial does not count."""
         rate = trial.user_attrs.get("record", {}).get("rate")
         other = stage == "final" and None not in (rate, self.rate) and not math.isclose(rate, self.rate or 0.0)
-        return other or bool(trial.user_attrs.get("lost"))
+        study = self.search if stage == "search" else self.final
+        return other or bool(trial.user_attrs.get("lost")) or trial.number in self.base.again.get(study.study_name, ())
 
     def open(self, stage: str) -> bool:
         """Whether somebody is about to say which slot of a stage they claim."""

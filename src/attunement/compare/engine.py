@@ -211,6 +211,10 @@ class Engine:
 
     # --- work ---
 
+    def retry(self) -> int:
+        """Have what failed run again, and what was refused tried again. Returns how many trials and methods there are."""
+        return self.base.retry(self.lines)
+
     def work(self) -> Tally:
         """Run what is open until nothing is left or the budget is spent.
 
