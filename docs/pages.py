@@ -37,6 +37,7 @@ PUBLIC = {
 }
 MODULES = {
     "Recipes": "attunement.recipes",
+    "Fields": "attunement.fields",
     "TRL": "attunement.trl",
     "Optimisers": "attunement.optim",
     "Compression": "attunement.compression",

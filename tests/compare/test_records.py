@@ -51,6 +51,17 @@ def test_a_row_a_trial_in_the_stated_columns(tmp_path: Path) -> None:
     assert "curve" not in row
 
 
+def test_a_study_from_before_heads_had_a_rate_is_read(tmp_path: Path) -> None:
+    records.write(tmp_path, {}, [ONE])
+    with (tmp_path / "trials.csv").open(newline="") as file:
+        rows = [{name: value for name, value in row.items() if name != "head_rate"} for row in csv.DictReader(file)]
+    with (tmp_path / "trials.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    assert records.read(tmp_path).trials == (ONE,)
+
+
 def test_what_is_not_finite_is_unknown() -> None:
     trial = Trial(
         id="a",

@@ -29,6 +29,9 @@ STAGES = ("search", "final")
 STATES = ("done", "pruned", "failed", "diverged")
 BASELINES = ("baseline/full", "baseline/probe", "baseline/zero-shot")
 
+LATER = ("head_rate",)
+"""Columns that the first studies did not have."""
+
 Mark = tuple[int, float | None, float | None]
 """A point of a learning curve: step, loss, quality."""
 
@@ -136,7 +139,7 @@ def read(folder: str | Path) -> Study:
     curves = _json(folder / CURVES, {})
     with table.open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file)
-        if lacking := [name for name in columns() if name not in (rows.fieldnames or [])]:
+        if lacking := [name for name in columns() if name not in [*(rows.fieldnames or []), *LATER]]:
             raise AttunementError(f"{table}: expected the columns of a study, {', '.join(lacking)} missing")
         trials = tuple(_trial(row, curves, f"{table}, line {line}") for line, row in enumerate(rows, start=2))
     missing = tuple(_json(folder / MISSING, []))
@@ -199,7 +202,7 @@ _KINDS = {one.name: str(one.type).partition(" ")[0] for one in fields(Trial)}
 def _trial(row: Mapping[str, str], curves: Mapping[str, Any], where: str) -> Trial:
     values: dict[str, Any] = {}
     for name in columns():
-        text, kind = row[name], _KINDS[name]
+        text, kind = row.get(name, ""), _KINDS[name]
         try:
             values[name] = text if kind == "str" else None if not text else int(text) if kind == "int" else float(text)
         except (TypeError, ValueError):
