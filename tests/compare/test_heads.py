@@ -72,6 +72,15 @@ def test_every_trial_waits_for_the_rate_that_the_probe_finds(tiny: Any) -> None:
     assert recipe["training"]["learning_rate"] in {one.rate for one in found.trials if one.label == row.label}
 
 
+def test_without_a_head_there_is_no_rate_of_it(tiny: Any) -> None:
+    study = tiny(methods=[LORA], search=SEARCH)
+    engine = Engine(study)
+    assert engine.ground("tiny").heads
+    engine.ground("tiny").heads = False  # as in a language model
+    engine.work()
+    assert {one.head_rate for one in records.read(study.folder).trials} == {None}
+
+
 def test_two_processes_learn_of_the_same_rate(tiny: Any) -> None:
     study = tiny(methods=[LORA], search=SEARCH)
     first, second = Engine(study), Engine(study)

@@ -339,7 +339,7 @@ class Engine:
                         claimed.report(quality, number)
                         return stops is not None and stops.prune(line.search, _frozen(line, claimed))
 
-                ground.head_rate = self.head_rate(line.task) or None
+                ground.head_rate = (self.head_rate(line.task) or None) if ground.heads else None
                 work = trial.run if self.team is None else self.team.run
                 outcome = work(ground, line.entry, rate, seed, job.stage, report)
             except BaseException:

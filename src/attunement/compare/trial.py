@@ -76,7 +76,8 @@ class Ground:
     """A task with its model and rows in memory, from which every trial of it starts.
 
     Attributes:
-        head_rate: the rate of a task head beside a method, where it is not the method's own.
+        heads: whether the model has task heads, which train beside a method.
+        head_rate: their rate, where it is not the method's own.
 
     Raises `AttunementError` for data that cannot be used: one class, a missing column, no rows to measure on.
     """
@@ -100,6 +101,7 @@ class Ground:
             if part in self.rows:
                 self.rows[part] = by_length(self.rows[part])
         self.base = self._loaded(0)
+        self.heads = bool(at.anatomy(self.base).task_heads)
         self.fresh: dict[int, dict[str, torch.Tensor]] = {0: {}}
         for part in ("search", "train"):
             self.rows[part] = resolved.for_training(self.rows[part], self.base, resolved.collator(self.processor))
