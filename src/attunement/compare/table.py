@@ -346,10 +346,10 @@ def recipe(study: Study, row: Row) -> str:
     adapter = json.loads(row.recipe or "{}")
     given = {} if row.task == ALL else task_settings(study, row.task)
     rate = row.values.get("rate")
-    training = {**(given.pop("training", None) or {}), **({"learning_rate": rate.mean} if rate else {})}
+    training = {**(given.pop("training", None) or {}), **({"learning_rate": float(f"{rate.mean:.6g}")} if rate else {})}
     alike = (t for t in study.trials if (t.label, t.task) == (row.label, row.task) and t.stage == "final")
     head_rate = next((t.head_rate for t in alike if t.head_rate is not None), None)
-    training |= {} if head_rate is None else {"head_learning_rate": head_rate}
+    training |= {} if head_rate is None else {"head_learning_rate": float(f"{head_rate:.6g}")}
     whole = {**given, **({"adapter": adapter} if adapter else {}), **({"training": training} if training else {})}
     return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=100) if whole else ""
 
