@@ -189,13 +189,36 @@ def test_the_files_beside_the_page_hold_the_table(tmp_path: Path) -> None:
     assert {"quality_low", "behind_best_p", "over_full_high", "backward_bytes", "pareto", "recipe"} <= set(plain[0])
 
 
+def test_what_is_far_below_and_sure_of_nothing_is_no_cheap_way_to_keep_up() -> None:
+    calm = {
+        "full": [0.842, 0.845, 0.84],
+        "steady": [0.84, 0.846, 0.841],
+        **{f"m{i}": [0.84, 0.84, 0.85] for i in range(4)},
+    }
+    study = simple(calm | {"wild": [0.55, 0.95, 0.6]}, metric="accuracy")
+    numbers = {"full": 9_000, "steady": 500, "wild": 10}
+    trials = [
+        dataclasses.replace(
+            one,
+            method="baseline/full" if one.label == "full" else one.method,
+            trainable=numbers.get(one.label, 1_000),
+        )
+        for one in study.trials
+    ]
+    study = dataclasses.replace(study, trials=tuple(trials))
+    said = {one.title: one for one in findings.findings(study, table.rows(study)["t"])}
+    assert not next(row for row in table.rows(study)["t"] if row.label == "wild").to_full.sure  # type: ignore[union-attr]
+    assert said["Fewest trained numbers"].labels == ("steady",)
+
+
 def test_the_recipe_of_a_row_trains_it(made: Study, rows: dict[str, list[table.Row]]) -> None:
     from attunement.train.recipe import parse
 
     row = next(row for row in rows["banking77"] if row.label == "dora")
     recipe = parse(table.recipe(made, row))
     assert recipe["adapter"] == {"method": "low_rank/dora", "rank": 8, "on": "attention.{query,value}"}
-    assert recipe["training"]["learning_rate"] == row.values["rate"].mean
+    assert recipe["training"]["learning_rate"] == pytest.approx(row.values["rate"].mean, rel=1e-5)
+    assert len(str(recipe["training"]["learning_rate"])) < 12, "no mean of equal numbers that is off in the last place"
     assert recipe["model"] == "all-MiniLM-L6-v2"
     assert recipe["data"] == {"train": "banking77.csv"}
 

@@ -184,7 +184,7 @@ def _of_task(task: str, parts: list[str], groups: Mapping[str, list[Trial]]) -> 
             replace(
                 row,
                 to_best=to_best.get(row.label),
-                level=row is not best and not _sure(to_best, row) and _within(best, row),
+                level=row is not best and not _sure(to_best, row) and within(best, row),
                 to_full=_turned(to_full.get(row.label)),
                 to_still=_turned(to_still.get(row.label)),
                 first=row is best,
@@ -373,7 +373,7 @@ def leaders(study: Study, rows: Sequence[Row], key: str) -> tuple[list[Row], lis
     common = prior(list(values.values()))
     found = compare(values[able[0].label], {row.label: values[row.label] for row in able[1:]}, common, chosen=True)
     behind = [row for row in able[1:] if _sure(found, row)]
-    level = [row for row in able[1:] if not _sure(found, row) and (key != "quality" or _within(able[0], row))]
+    level = [row for row in able[1:] if not _sure(found, row) and (key != "quality" or within(able[0], row))]
     return [able[0], *level], behind
 
 
@@ -381,7 +381,7 @@ def _sure(differences: Mapping[str, Difference], row: Row) -> bool:
     return row.label in differences and differences[row.label].sure
 
 
-def _within(best: Row, row: Row) -> bool:
+def within(best: Row, row: Row) -> bool:
     """Whether the mean quality of a row lies within the interval of the best; where that has none, as it has from equal
     seeds, whether that of the best lies within the row's."""
     for one, other in ((best, row), (row, best)):
