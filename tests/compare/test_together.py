@@ -177,3 +177,35 @@ def test_what_a_launch_cannot_do_is_refused(
     monkeypatch.setenv("RANK", "1")
     if given:
         assert attune("compare", "--demo", *given) == (2, "", ""), "it is said once"
+
+
+CLOSING = """
+import gc, os, time, torch
+from types import SimpleNamespace
+import torch.distributed as distributed
+from attunement.compare import together
+together.STEP = 5.0
+team = together.Team()
+team._join(SimpleNamespace(training=SimpleNamespace(model_dump=lambda: {"use_cpu": True})))
+distributed.barrier()
+if team.rank == 0:
+    work = distributed.all_reduce(torch.ones(4), async_op=True)  # the other process has left the trial
+    time.sleep(0.2)
+    began = time.monotonic()
+    team._part()
+    del work
+    gc.collect()
+    print("closed after", time.monotonic() - began, flush=True)
+    team.store.set("closed", "")
+team.store.wait(["closed"])
+os._exit(0)
+"""
+
+
+def test_connections_close_though_something_is_pending(tmp_path: Path) -> None:
+    file = tmp_path / "closing.py"
+    file.write_text(CLOSING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(file)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=True)
+    assert float(done.stdout.rpartition("closed after")[2]) < 20

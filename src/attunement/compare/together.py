@@ -32,8 +32,9 @@ from attunement.train.recipe import import_all
 if TYPE_CHECKING:
     from typing import Self
 
-POLL, GRACE, ANSWER = 0.02, 1.0, 600.0
-"""Seconds between two looks at the store; that others have to meet the same end by themselves; that any wait may last."""
+POLL, GRACE, ANSWER, STEP = 0.02, 1.0, 600.0, 120.0
+"""Seconds between two looks at the store; that others have to meet the same end by themselves; that any wait may
+last, and that of one process for another within a step: so long gloo waits when it closes with something pending."""
 LOST = ("failed", "diverged")
 
 
@@ -212,15 +213,19 @@ class Team:
             self._part()
             store = distributed.PrefixStore(f"group/{wanted[0]}/{wanted[1]}", self.store.clone())
             distributed.init_process_group(
-                wanted[1], store=store, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=ANSWER)
+                wanted[1],
+                store=store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=timedelta(seconds=STEP if wanted[1] == "gloo" else ANSWER),
             )
             self.joined = wanted
 
     def _part(self) -> None:
         """Close the connections: whoever waits for this process is told so by that."""
         if distributed.is_initialized():
-            with contextlib.suppress(Exception):  # closing waits for what is pending, for as long as a process may take
-                distributed.group.WORLD.abort()  # type: ignore[union-attr]
+            if self.joined is not None and self.joined[1] == "nccl":
+                distributed.group.WORLD.abort()  # type: ignore[union-attr] # closing would wait for what is pending
             distributed.destroy_process_group()
             gc.collect()  # a trial that failed holds them in cycles
         self.joined = None
