@@ -93,7 +93,7 @@ class Trainer(transformers.Trainer):
     unseen = 0.3
     """The share of the training rows that is held out for methods that measure the loss on such; AutoLoRA's."""
     held: Any = None
-    asked = (0, 0)
+    asked = (-1, 0)
     step_inputs: dict[str, Any] | None = None
 
     def __init__(
@@ -147,7 +147,8 @@ class Trainer(transformers.Trainer):
                 self.model_init = None  # type: ignore[assignment] # it would make another model
                 self.model_wrapped = self.model  # type: ignore[assignment]
         finally:
-            self.model_init, self.train_dataset, self.held, self.step_inputs = made, rows, None, None
+            self.model_init, self.train_dataset, self.asked = made, rows, (-1, 0)
+            self.held = self.step_inputs = None
             for adapter in at.adapters(self.adapted).values():
                 for part in adapter.parts if adapter.chooses else ():
                     part.rest(False)
