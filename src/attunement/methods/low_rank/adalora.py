@@ -99,7 +99,7 @@ class AdaLoRA(WeightMethod):
 
     def factors(self, _: Tensor, A: Tensor, B: Tensor, E: Tensor, mask: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         kept = E + (E * (mask - 1)).detach()  # a masked value counts as zero and still has its gradient
-        return B, scale, kept, A  # (out, r), (), (r,), (r, in)
+        return B, scale * kept, A  # (out, r), (r,), (r, in)
 
     def penalty(self, A: Tensor, B: Tensor, penalty_weight: Tensor) -> Tensor:
         return penalty_weight * orthogonality(torch.ones_like(A[..., 0]), A, B.mT)

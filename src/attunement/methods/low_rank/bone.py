@@ -25,5 +25,5 @@ class Bone(WeightMethod):
 
     def delta(self, W: Tensor, B: Tensor) -> Tensor:
         r = B.shape[-1]
-        tiles = W.unflatten(1, (-1, r)).unflatten(0, (-1, r))  # (out/r, r, in/r, r)
-        return (torch.einsum("oajb,obc->oajc", tiles, B) + B[:, :, None]).reshape(W.shape)  # (out, in)
+        tiles = W.reshape(len(B), -1, r)  # (out/r, r in/r, r): rows of W as they lie, so that nothing is moved
+        return ((tiles @ B).view(len(B), r, -1, r) + B[:, :, None]).view(W.shape)  # (out, in)
