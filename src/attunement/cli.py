@@ -209,8 +209,9 @@ def train(
     from attunement.train.run import train as train_run
     from attunement.train.trainer import last_checkpoint
     from attunement.train.words import command as called
-    from attunement.train.words import near
+    from attunement.train.words import near, not_alone
 
+    not_alone("train")
     described = load(recipe, overrides or [])
     first = os.environ.get("RANK", "0") == "0"
     shown = console if first else Console(quiet=True)

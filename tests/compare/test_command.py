@@ -116,15 +116,17 @@ def test_a_study_of_several_processes_goes_on_as_it_was_started(
     assert launcher(3) == expected
 
 
+@pytest.mark.parametrize("command", [("compare", "--demo"), ("train", "recipe.yaml")])
 def test_several_processes_that_accelerate_did_not_start_are_missed(
-    attune: Any, monkeypatch: pytest.MonkeyPatch
+    attune: Any, monkeypatch: pytest.MonkeyPatch, command: tuple[str, str]
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     for name, value in {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
-    code, said, errors = attune("compare", "--demo")
+    code, said, errors = attune(*command)
     assert (code, said, errors.count("\n")) == (2, "", 1)
-    assert "it started one, as it does where there are no several GPUs; use torchrun --nproc-per-node 2" in errors
+    assert f"use torchrun --nproc-per-node 2 -m attunement {command[0]}" in errors
+    assert "it started one, as it does where there are no several GPUs" in errors
 
 
 def test_a_model_that_is_not_there_is_one_sentence(attune: Any, tmp_path: Path, bert: Path) -> None:

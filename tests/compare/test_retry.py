@@ -54,3 +54,19 @@ def test_what_was_refused_is_tried_again(tiny: Any, monkeypatch: pytest.MonkeyPa
     assert Engine(study).retry() == 1
     Engine(study).work()
     assert [one.id for one in records.read(study.folder).trials if one.state == "failed"] == ["tiny/vpt/refused"]
+
+
+def test_another_process_that_is_running_hears_of_it(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, real = tiny(methods=METHODS, search=SEARCH), trials._run
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("the disk was away")
+
+    running = Engine(study)
+    monkeypatch.setattr(trials, "_run", broken)
+    running.work()
+    monkeypatch.setattr(trials, "_run", real)
+    assert running.next() is None
+    assert Engine(study).retry() > 0
+    running.work()
+    assert {one.state for one in records.read(study.folder).trials} == {"done"}

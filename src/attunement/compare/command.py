@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 
 METHODS = "lora,ia3,bottleneck,lst"
-ALONE = ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "MASTER_ADDR")
-"""Without the first and with the others, this is the only process of an `accelerate launch --num_processes 2`."""
 LONG = 120.0
 """Seconds of training from which a share of them says something."""
 
@@ -67,14 +65,11 @@ def compare(
     from attunement import cli
     from attunement.compare.engine import Engine
     from attunement.compare.study import seconds
+    from attunement.train.words import not_alone
 
     with contextlib.ExitStack() as launch:
         team, size = None, int(os.environ.get("WORLD_SIZE", "1"))
-        if ALONE[0] not in os.environ and all(name in os.environ for name in ALONE[1:]):
-            raise AttunementError(
-                "compare: several processes were asked of accelerate launch, and it started one, as it does where there "
-                "are no several GPUs; use torchrun --nproc-per-node 2 -m attunement compare"
-            )
+        not_alone("compare")
         if size > 1:
             from attunement.compare.together import Team
 

@@ -58,6 +58,7 @@ class Database:
         with saying(study):
             self.storage = _opened(study.url)
             self.head = self._study("settings")
+            self.retries: int = self.head.user_attrs.get("retries", 0)
         self._agree()
 
     def _study(self, name: str, **options: Any) -> optuna.Study:
@@ -127,11 +128,22 @@ class Database:
             if line.fact("costs") == {}:
                 line.state("costs", None)
         self.remember("again", {name: numbers for name, numbers in self.again.items() if numbers})
+        self.remember("retries", self.retries + 1)
+        self.retries += 1
         for probe in (line for line in lines if line.fact("head_rate") is not None):
             others = (line for line in lines if line.task == probe.task and line.entry.leaves_head)
             if not any(one.state in ("done", "pruned") for line in others for one in line.records()):
                 probe.state("head_rate", None)
         return count
+
+    def heed(self, lines: Sequence[Line]) -> None:
+        """Take up what `retry` has said in another process since this one looked."""
+        with saying(self.study):
+            facts = self.head.user_attrs
+        if facts.get("retries", 0) != self.retries:
+            self.retries, self.again = facts["retries"], dict(facts.get("again", {}))
+            for line in lines:
+                line.forget()
 
     def remember(self, key: str, value: Any) -> None:
         """Keep a fact of the whole study."""
@@ -177,6 +189,10 @@ class Line:
     def known(self) -> bool:
         """Whether its records were read since it is complete."""
         return self._kept is not None
+
+    def forget(self) -> None:
+        """Nothing of it is known any more, so that the database is asked again."""
+        self.complete, self.rate, self._kept, self._facts = False, None, None, {}
 
     # --- facts that hold for all trials ---
 

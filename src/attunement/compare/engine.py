@@ -365,6 +365,8 @@ class Engine:
         """
         start = time.monotonic()
         due = every or start - self.looked > max(POLL, 50 * self.looking)
+        if due:
+            self.base.heed(self.lines)
         for one in self.lines:
             ended = one.complete and not one.known  # by others: its trials are counted with those of this process
             if due or ended or one is line or id(one) not in self.found:

@@ -9,6 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from attunement.errors import AttunementError
+
 
 def command() -> str:
     """What to type for this program: `attune` where the shell finds this very one, its path where it is not activated."""
@@ -32,3 +34,15 @@ def short(value: object, length: int = 60) -> str:
     cut.maxstring = cut.maxother = length
     text = cut.repr(value)
     return text if len(text) <= 2 * length else f"{text[:length]}...{text[-3:]}"
+
+
+def not_alone(command: str) -> None:
+    """Refuse to be the only process of an `accelerate launch --num_processes 2`, which would say nothing of it.
+
+    Raises `AttunementError` with the launcher that starts both.
+    """
+    if "WORLD_SIZE" not in os.environ and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
+        raise AttunementError(
+            f"{command}: several processes were asked of accelerate launch, and it started one, as it does where there "
+            f"are no several GPUs; use torchrun --nproc-per-node 2 -m attunement {command}"
+        )
