@@ -206,10 +206,15 @@ def test_int21_has_few_values_and_corrects_what_they_lose(columns):
     adapter = at.adapt(model, {"0": method, "head": None})
     (part,) = adapter.parts
     W = part.site.weight
-    Q = W + method.error(W)
-    for row in Q.unflatten(1, (-1, columns or 12)).flatten(0, 1):
-        assert len(row.unique()) <= 4
-    assert (Q - W).abs().max() <= (W.max() - W.min()) / 6 + 1e-6, "half a step at most"
+    Q = method.rounded(W, *method.grid(W))
+    lost = []
+    for new, old in zip(*(M.unflatten(1, (-1, columns or 12)).flatten(0, 1) for M in (Q, W)), strict=True):
+        assert len(new.unique()) <= 4
+        values = torch.linspace(float(old.min()), float(old.max()), 4)
+        whole = (old[:, None] - values).abs().amin(1).square().sum()
+        lost.append((new - old).square().sum() / whole)
+    assert max(lost) < 1 + 1e-5, "never more than over the whole range"
+    assert columns or sum(lost) / len(lost) < 0.95
     left = W + part.change(W) - W
     assert left.norm() < (Q - W).norm()
     torch.testing.assert_close(left.norm(), torch.linalg.svdvals(Q - W)[4:].norm(), atol=1e-5, rtol=1e-4)

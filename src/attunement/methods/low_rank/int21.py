@@ -8,17 +8,20 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from attunement.fields import Rank
-from attunement.method import Tensors, WeightMethod, fixed, register
+from attunement.method import Tensors, WeightMethod, fixed, register, seeded
 from attunement.methods._low_rank import scale
 from attunement.site import Site
 from attunement.subspace import singular
+
+SHARES = (1.0, 0.85, 0.7, 0.55, 0.4)
 
 
 @register("low_rank/int21", source="https://arxiv.org/abs/2306.08162", placement="attention.*|mlp.*")
 class INT21(WeightMethod):
     """Low-rank error correction: W' = Q(W) + (alpha / rank) B A, Q rounding to 2^bits values, B (out, rank), A (rank, in).
 
-    Q spaces its values evenly between the smallest and the largest entry of each row, or of each `columns` of a row. B A
+    Q spaces its values evenly over the range of each row, or of each `columns` of a row, or over the share of that range
+    (down to 0.4) that loses least, in squares: in two bits the whole range loses a third of W, the best share a tenth. B A
     is trained so that the model again gives what the base gives: a loss between both, `at.using(model, None)` being the
     base; and then for a task.
 
@@ -27,8 +30,8 @@ class INT21(WeightMethod):
         rank: 16. alpha: numerator of the scale; None is `rank`.
 
     Start: B A is the best of its rank for W - Q(W), by the SVD of that. The abstract alone could be read, no code is public:
-    the grid, the start and the ranks are ours. Q(W) is computed from W, not packed: this shows and trains what a
-    quantised model will give, it saves no memory. Over a base that bitsandbytes has packed the correction is `LoRA`.
+    the start and the ranks are ours, and the grid is that of GPTQ's code with `mse`, over fewer shares. Q(W) is computed
+    from W, not packed: this shows and trains what a quantised model will give, it saves no memory. Over a base that bitsandbytes has packed the correction is `LoRA`.
     """
 
     cannot: ClassVar[Mapping[str, str]] = {
@@ -41,17 +44,32 @@ class INT21(WeightMethod):
     alpha: PositiveFloat | None = None
 
     def tensors(self, site: Site) -> Tensors:
-        s = scale(self.rank, self.alpha, rank_stabilised=False)
-        U, S, Vh = singular(-self.error(site.weight), self.rank)
+        W, s = site.weight, scale(self.rank, self.alpha, rank_stabilised=False)
+        low, step = self.grid(W)
+        U, S, Vh = singular(W - self.rounded(W, low, step), self.rank)
         root = torch.sqrt(S / s.to(S))  # (rank,)
-        return {"A": root[:, None] * Vh, "B": U * root, "scale": fixed(s)}  # (rank, in), (out, rank), ()
+        made = {"A": root[:, None] * Vh, "B": U * root, "scale": fixed(s)}  # (rank, in), (out, rank), ()
+        return made | {"low": seeded(low), "step": seeded(step)}  # (out, in / columns) each
 
-    def error(self, W: Tensor) -> Tensor:
-        """Q(W) - W."""
+    def grid(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """The lowest value and the distance of values, (out, in / columns) each."""
         V = W.detach().float().unflatten(-1, (-1, self.columns or W.shape[-1]))  # (out, groups, columns)
-        low, high = V.amin(-1, keepdim=True), V.amax(-1, keepdim=True)
-        step = ((high - low) / (2**self.bits - 1)).clamp_min(torch.finfo(V.dtype).tiny)
-        return (V - low).div_(step).round_().mul_(step).add_(low).sub_(V).flatten(-2).to(W.dtype)
+        ends, found, least = V.aminmax(dim=-1), [], []
+        for share in SHARES:
+            low, high = share * ends.min, share * ends.max
+            step = ((high - low) / (2**self.bits - 1)).clamp_min(torch.finfo(V.dtype).tiny)
+            found.append(torch.stack((low, step)))
+            least.append((self.rounded(W, low, step) - W).float().square_().view_as(V).sum(-1))
+        best = torch.stack(least).argmin(0)  # (out, groups)
+        low, step = torch.stack(found).gather(0, best.expand(1, 2, *best.shape))[0]
+        return low, step
+
+    def rounded(self, W: Tensor, low: Tensor, step: Tensor) -> Tensor:
+        """Q(W)."""
+        low, step = low.float()[..., None], step.float()[..., None]
+        V = W.detach().float().unflatten(-1, (low.shape[-2], -1))  # (out, groups, columns)
+        codes = ((V - low) / step).round_().clamp_(0, 2**self.bits - 1)
+        return (codes * step).add_(low).flatten(-2).to(W.dtype)
 
     def refuse(self, site: Site) -> str | None:
         size = self.columns or site.inputs
@@ -61,5 +79,5 @@ class INT21(WeightMethod):
             return f"groups of {size} columns do not fill its {site.inputs} inputs; the nearest size is {nearest}"
         return "its weight is quantised already; use LoRA" if site.layout.beside_only else None
 
-    def delta(self, W: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
-        return self.error(W) + scale * (B @ A)  # (out, in)
+    def delta(self, W: Tensor, A: Tensor, B: Tensor, low: Tensor, step: Tensor, scale: Tensor) -> Tensor:
+        return self.rounded(W, low, step) - W.detach() + scale * (B @ A)  # (out, in)
