@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from attunement import recipes
-from attunement.adapter import Adapter, adapters, detach, use, using
+from attunement.adapter import Adapter, active, adapters, detach, use, using
 from attunement.adapting import adapt
 from attunement.anatomy import anatomy
 from attunement.compose import Average, Rows, Stack, Sum, Weighted
@@ -45,6 +45,7 @@ __all__ = [
     "Trainer",
     "Weighted",
     "WeightMethod",
+    "active",
     "adapt",
     "adapters",
     "anatomy",
@@ -77,4 +78,12 @@ def __getattr__(name: str) -> Any:
         import importlib
 
         return importlib.import_module("attunement.trl")
-    raise AttributeError(f"module 'attunement' has no attribute {name!r}")
+    from attunement.errors import nearest
+
+    alike = [word for word in __all__ if word.casefold() == name.casefold()]
+    hint = f"; nearest: {alike[0]!r}" if alike else "" if name.startswith("_") else nearest(name, __all__)
+    raise AttributeError(f"module 'attunement' has no attribute {name!r}{hint}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

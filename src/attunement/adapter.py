@@ -318,7 +318,7 @@ class Adapter:
         detach(self.model, self.name)
 
     def summary(self) -> Summary:
-        """What was adapted, how much of it is trained, and what it takes on disk: prints as a table."""
+        """What was adapted, how much of it is trained, and how large the saved tensors are: prints as a table."""
         from attunement.summary import Summary
 
         return Summary(self)
@@ -348,6 +348,12 @@ def using(model: nn.Module, active: Active) -> Iterator[None]:
         bench.switch(before)
         if not torch.is_grad_enabled():  # no backward pass will come for what ran in the block
             bench.mark()
+
+
+def active(model: nn.Module) -> Active:
+    """The active set as it was made: a name, a composition, or `None`, as it is for a model without adapters."""
+    bench = model.__dict__.get("_attuned_bench")
+    return None if bench is None else bench.active
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

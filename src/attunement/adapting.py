@@ -31,8 +31,9 @@ def adapt(
 ) -> Adapter:
     """Put methods on sites of a model and make the new adapter the active one, alone.
 
-    The model stays the same object of the same type; its parameters stop requiring gradients until the last adapter is
-    detached. Everything is checked first: `adapt` does all of it or raises and changes nothing.
+    The model stays the same object, an instance of its class: until the last adapter is detached its `type` is a subclass
+    of the same name, and its parameters require no gradients. Everything is checked first: `adapt` does all of it or
+    raises and changes nothing.
 
     Args:
         model: any PyTorch model, or a part of one.

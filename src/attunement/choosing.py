@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,11 +11,12 @@ from torch import nn
 
 from attunement.anatomy import CONTAINER, Anatomy, Place
 from attunement.attention import AttentionPart, attention_site
-from attunement.errors import AttunementError
+from attunement.errors import AttunementError, nearest
 from attunement.fields import misfit
 from attunement.heads import introduce
 from attunement.method import Method, is_additive, weight_form
 from attunement.method import method as method_named
+from attunement.method import methods as method_names
 from attunement.network import NetworkPart, network_site
 from attunement.part import Group, Part
 from attunement.selection import select
@@ -50,7 +52,7 @@ def chosen(structure: Anatomy, recipe: Any, on: Any) -> list[Group]:
             raise AttunementError(
                 f"adapt: {recipe.__name__} is a class; call it for a method, as in {recipe.__name__}()"
             )
-        named = f"; a method by name is at.method({recipe!r})()" if isinstance(recipe, str) else ""
+        named = _by_name(recipe) if isinstance(recipe, str) else ""
         if callable(recipe) and hasattr(recipe, "__name__"):
             named = f"; {recipe.__name__} is a function: call it for a recipe, as in {recipe.__name__}()"
         raise AttunementError(f"adapt: expected a method or a mapping of selections to methods, got {recipe!r}{named}")
@@ -75,6 +77,21 @@ def chosen(structure: Anatomy, recipe: Any, on: Any) -> list[Group]:
                 word = type(group.method).__name__
                 raise AttunementError(f"adapt: {site.key} is selected twice for {word}, by {before!r} and {group.on!r}")
     return groups
+
+
+def _by_name(name: str) -> str:
+    """What a text in place of a recipe was meant for, as the end of a sentence."""
+    from attunement import recipes
+
+    made = {word: one for word, one in vars(recipes).items() if getattr(one, "__module__", "") == recipes.__name__}
+    known = [word for full in method_names() for word in (full, full.partition("/")[2])]
+    word = name.casefold()
+    if inspect.isfunction(made.get(word)):
+        asked = [one.name for one in inspect.signature(made[word]).parameters.values() if one.default is one.empty]
+        return f"; a recipe by name is at.recipes.{word}({', '.join(asked)})"
+    if word in known:
+        return f"; a method by name is at.method({word!r})()"
+    return f"; a method by name is at.method(name)(), a recipe at.recipes.name(){nearest(word, [*known, *made])}"
 
 
 def names_head(selection: Any) -> bool:

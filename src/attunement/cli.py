@@ -173,8 +173,13 @@ def kind_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return ", or ".join(kind_of(one, metadata) for one in arguments)
     if annotation is type(None):
         return "None"
+    if origin is tuple:
+        each = [kind_of(one) for one in arguments if one is not Ellipsis]
+        return f"tuple of {each[0]}" if Ellipsis in arguments else f"({', '.join(each)})"
+    if origin is dict:
+        return f"dict of {kind_of(arguments[0])} to {kind_of(arguments[1])}"
     name = str(annotation).replace("typing.", "") if arguments else getattr(annotation, "__name__", str(annotation))
-    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "a multiple of"}
     bounds = [f"{sign} {getattr(one, key):g}" for one in metadata for key, sign in signs.items() if hasattr(one, key)]
     return f"{name} {' and '.join(bounds)}" if bounds else name
 

@@ -354,7 +354,11 @@ def _sentence(cls: type, error: ValidationError) -> str:
         return f"{cls.__name__} has no field {field!r}; its fields are {', '.join(known) or 'none'}{instead}"
     if first["type"] == "value_error":
         return f"{cls.__name__}: {first['msg'].removeprefix('Value error, ')}"
-    return f"{cls.__name__}: {field} must be {wanted(first['msg'])}, got {first['input']!r}"
+    near = ""
+    if first["type"] == "multiple_of":
+        step = first["ctx"]["multiple_of"]
+        near = f"; the nearest is {max(math.ceil(float(first['input']) / step), 1) * step}"
+    return f"{cls.__name__}: {field} must be {wanted(first['msg'])}, got {first['input']!r}{near}"
 
 
 def untold(method: Method, form: str, names: tuple[str, ...]) -> str | None:

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class Summary:
-    """What was adapted, how much of it is trained and what it takes on disk.
+    """What was adapted, how much of it is trained and how large the saved tensors are.
 
     Attributes:
         trainable: how many numbers are trained; `share`: that over the base's parameters.
-        saved_bytes: of the tensors that `save` writes.
+        saved_bytes: of the tensors that `save` writes, without the description that stands beside them.
     """
 
     def __init__(self, adapter: Adapter) -> None:
@@ -44,7 +44,8 @@ class Summary:
             table.add_row(Text(type(group.method).__name__), Text(group.on), str(len(group.parts)), f"{count:,}", scale)
         yield table
         yield Text(
-            f"{self.trainable:,} trainable parameters, {self.share:.2%} of the model; {size_of(self.saved_bytes)} when saved"
+            f"{self.trainable:,} trainable parameters, {self.share:.2%} of the model; "
+            f"{size_of(self.saved_bytes)} of tensors when saved"
         )
         for group in adapter.groups_:
             if group.skipped:

@@ -73,6 +73,14 @@ def test_a_study_from_the_command_line(attune: Any, tmp_path: Path, bert: Path, 
     code, _, errors = attune("compare", file, "--retry", "--report")
     assert (code, "expected one of them" in errors) == (2, True)
     (tmp_path / "study" / "report.html").unlink()
+    before = (tmp_path / "study" / "trials.csv").read_text().splitlines()
+    code, said, _ = attune("compare", file, "--measure")
+    assert (code, said.splitlines()[0]) == (0, "What 4 methods cost was measured again.")
+    after = (tmp_path / "study" / "trials.csv").read_text().splitlines()
+    assert len(before) == len(after)
+    assert before != after, "times are taken anew"
+    code, _, errors = attune("compare", file, "--measure", "--workers", "2")
+    assert (code, "--measure goes by itself" in errors) == (2, True)
     assert attune("compare", file, "--report")[0] == 0
     page = tmp_path / "study" / "report.html"
     before = page.read_text()

@@ -66,6 +66,19 @@ def test_what_a_method_costs_beside_full_fine_tuning(model: nn.Module) -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()), "measuring changes nothing"
 
 
+def test_what_slows_both_sides_of_a_round_counts_for_neither(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:
+    import copy
+
+    slow = np.array([1.0, 10.0, 1.0, 10.0, 10.0])
+
+    def rounds(cases: dict, *_: object, **__: object) -> dict:
+        return {name: (0.5 if name == "own" else 1.0) * slow for name in cases}
+
+    monkeypatch.setattr(measure, "interleaved", rounds)
+    found = measure.costs(subject(model), subject(copy.deepcopy(model)), subject(copy.deepcopy(model)), None)
+    assert (found["step"], found["inference"]) == (0.5, 0.5)
+
+
 def test_calibration_error() -> None:
     sure = np.log(np.array([[0.9, 0.1]] * 10))
     assert measure.calibration_error(sure, np.array([0] * 9 + [1])) == pytest.approx(0.0, abs=1e-9)

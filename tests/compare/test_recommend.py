@@ -102,6 +102,31 @@ def test_of_those_that_cannot_be_told_apart_the_cheaper_are_named() -> None:
     assert "cannot be told from that of a, and it needs less: 100 bytes peak memory" in found[1].reason
 
 
+def test_hardly_less_time_is_no_reason() -> None:
+    steps = {"a": 0.50, "b": 0.47, "c": 0.30}
+    qualities = {"a": [0.80, 0.86, 0.77], "b": [0.84, 0.78, 0.79], "c": [0.78, 0.83, 0.79]}
+    every = [
+        records.Trial(id=f"{n}{i}", task="t", method=f"own/{n}", label=n, seed=i, quality=q, step=steps[n])
+        for n, found in qualities.items()
+        for i, q in enumerate(found)
+    ]
+    _, found = choices(records.Study("s", {}, tuple(every)), {"time": 1.0})
+    assert [one.label for one in found] == ["a", "c", "b"]
+    assert "The next in" in found[2].reason
+
+
+def test_a_recipe_of_the_committed_results_runs_where_it_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attunement.train.recipe import load
+
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(run("--task", "banking77", "--recipe", "1"))
+    recipe = load("recipe.yaml")
+    assert Path(str(recipe.data.train)).is_file()
+    assert "use_cpu" not in recipe.training.model_fields_set
+
+
 def test_a_limit_that_nothing_meets_names_what_comes_nearest(folder: Path) -> None:
     with pytest.raises(
         AttunementError, match=r"no method of made up stays within 1\.0 MB peak memory; nearest: \w.* with \d"

@@ -114,6 +114,46 @@ def test_equal_seeds_decide_nothing() -> None:
     assert [row.level for row in ranked] == [False, True, False], "the best has no interval: those of the others decide"
 
 
+def test_of_equal_means_none_is_first_by_its_name() -> None:
+    alike = [0.9, 0.7, 0.8]
+    study = simple({"a": alike, "b": alike[::-1], "c": [0.1, 0.2, 0.3]})
+    kept = {"a": 200, "b": 100, "c": 50}
+    trials = tuple(dataclasses.replace(one, backward_bytes=kept[one.label]) for one in study.trials)
+    study = dataclasses.replace(study, trials=trials)
+    ranked = table.rows(study)["t"]
+    assert [row.label for row in ranked] == ["b", "a", "c"], "of equals the one that keeps less"
+    assert "b and a have the highest mean, 80.0 %" in findings.findings(study, ranked)[0].sentence
+    study = simple({"a": [0.2], "b": [0.2]})
+    assert findings.findings(study, table.rows(study)["t"])[0].sentence.startswith("All 2 have 20.0 %;")
+    study = simple({"a": [0.2], "b": [0.2], "c": [0.1]})
+    assert findings.findings(study, table.rows(study)["t"])[0].sentence.startswith("a and b have the highest value")
+
+
+def test_a_time_that_was_taken_once_tells_what_is_a_tenth_apart() -> None:
+    study = simple({name: [0.8, 0.82, 0.81] for name in ("a", "b", "c", "d")})
+    steps = {"a": 0.5, "b": 0.54, "c": 0.56, "d": 1.0}
+    trials = tuple(dataclasses.replace(one, step=steps[one.label]) for one in study.trials)
+    study = dataclasses.replace(study, trials=trials)
+    said = {one.title: one for one in findings.findings(study, table.rows(study)["t"])}
+    assert said["Fastest step"].labels == ("a", "b")
+    assert "a takes 0.50× full fine-tuning’s" in said["Fastest step"].sentence
+
+
+def test_a_best_rate_at_the_end_of_the_range_is_said(made: Study) -> None:
+    finals = [
+        records.Trial(id=f"f{n}", task="t", method=f"own/{n}", label=n, quality=0.8, rate=r)
+        for n, r in (("low", 1e-3), ("high", 1e-1), ("between", 1e-2))
+    ]
+    tried = [
+        dataclasses.replace(one, id=f"{one.label}{rate}", stage="search", rate=rate)
+        for one in finals
+        for rate in (1e-3, 1e-2, 1e-1)
+    ]
+    study = Study("ends", {}, (*tried, *finals))
+    text = markup.rates(study, "t", table.rows(study)["t"])
+    assert "the lowest that was tried for low, and the highest that was tried for high: further rates" in text
+
+
 def still(values: dict[str, list[float]], bare: list[float], metric: str = "accuracy") -> findings.Finding | None:
     """What is found of methods, full fine-tuning and the model as it is."""
     names = {"full fine-tuning": "baseline/full", "zero-shot": "baseline/zero-shot"}
@@ -221,6 +261,11 @@ def test_the_recipe_of_a_row_trains_it(made: Study, rows: dict[str, list[table.R
     assert len(str(recipe["training"]["learning_rate"])) < 12, "no mean of equal numbers that is off in the last place"
     assert recipe["model"] == "all-MiniLM-L6-v2"
     assert recipe["data"] == {"train": "banking77.csv"}
+    assert table.recipe(made, row).startswith("model:")
+    settings = {**made.settings, "tasks": {"banking77": {**made.settings["tasks"]["banking77"], "per_class": 10}}}
+    fewer = table.recipe(dataclasses.replace(made, settings=settings), row)
+    assert fewer.startswith("# The study trained on 10 rows of each class; this takes all rows.\n")
+    assert parse(fewer) == recipe
 
 
 def test_a_recipe_imports_what_the_study_imports(made: Study, rows: dict[str, list[table.Row]]) -> None:

@@ -41,3 +41,14 @@ def test_a_composition_reads_back_and_prints():
     assert hash(active) == hash(eval(repr(active), vars(at)))
     rows = at.Rows(["a", None, at.Sum("a", "b")])
     assert composition_from(rows.describe()) == rows != at.Rows(["a", None, "b"])
+
+
+def test_the_active_set_is_told_as_it_was_made():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    assert at.active(net) is None
+    for name in ("a", "b"):
+        at.adapt(net, at.LoRA(rank=2), on="0", name=name)
+    assert at.active(net) == "b"
+    with at.using(net, at.Sum("a", "b")):
+        assert at.active(net) == at.Sum("a", "b")
+    assert at.active(net) == "b"

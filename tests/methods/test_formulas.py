@@ -318,7 +318,6 @@ def test_train_replaces_a_parameter_or_its_rows(W: Tensor) -> None:
         (at.LoRA(rank=5), {}, "rank 5 is larger than a 6 x 4 matrix has; the largest is 4"),
         (at.DoRA(rank=5), {}, "the largest is 4"),
         (at.SVFit(rank=5), {}, "the largest is 4"),
-        (at.HRA(rank=3), {}, "rank 3 is odd, and could not start at no change; the nearest is 4"),
         (at.HRA(rank=6), {}, "rank 6 is larger than its 4 inputs; the largest is 4"),
         (at.DEFT(rank=5), {}, "the largest is 4"),
         (at.SuperTuning(rank=1), {}, "it has 24 entries, of which a share of 0.01 is none"),

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import attunement as at
+from attunement.root import bench_of
 
 
 def bert() -> nn.Module:
@@ -64,6 +65,48 @@ def test_new_tokens_train_and_old_ones_stay() -> None:
     now = model.get_input_embeddings().weight
     assert torch.equal(now[:62], before[:62])
     torch.testing.assert_close(now[62:], before[62:] + 1)
+
+
+def test_heads_compose_as_changes_of_the_head() -> None:
+    torch.manual_seed(0)
+    model = bert().eval()
+    heads: dict[str | None, torch.Tensor] = {None: model.classifier.weight.detach().clone()}
+    for name in "ab":
+        adapter = at.adapt(model, at.LoRA(rank=2), on="attention.query", name=name)
+        for parameter in adapter.parameters():
+            parameter.data.add_(torch.randn_like(parameter))
+        heads[name] = adapter.state()["classifier.weight.copy"].clone()
+    base, a, b = heads.values()
+    wanted = {
+        at.Sum("a", "b"): a + b - base,
+        at.Stack("a", "b"): b,
+        at.Weighted({"a": 0.7, "b": 0.3}): 0.7 * a + 0.3 * b,
+        at.Average("a", "b"): (a + b) / 2,
+    }
+    for active, head in wanted.items():
+        with at.using(model, active), torch.no_grad():
+            assert bench_of(model).active == active
+            own = model.classifier(torch.eye(16)) - model.classifier(torch.zeros(1, 16))
+        torch.testing.assert_close(own.T, head, atol=1e-5, rtol=1e-5)
+
+
+def test_without_an_active_adapter_a_merged_one_still_stands_in_the_weights() -> None:
+    torch.manual_seed(0)
+    model, ids = bert().eval(), torch.arange(5, 11).view(2, 3)
+    for name in "ab":
+        for parameter in at.adapt(model, at.LoRA(rank=2), on="attention.query", name=name).parameters():
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+
+    def logits(active: Any) -> torch.Tensor:
+        with at.using(model, active), torch.no_grad():
+            return model(ids).logits
+
+    with_a, stacked, bare = logits("a"), logits(at.Stack("a", "b")), logits(None)
+    at.adapters(model)["a"].merge()
+    torch.testing.assert_close(logits(None), with_a)
+    torch.testing.assert_close(logits("b"), stacked)
+    at.adapters(model)["a"].unmerge()
+    assert torch.equal(logits(None), bare)
 
 
 @pytest.mark.parametrize("count", [0, -1, True, 1.5])

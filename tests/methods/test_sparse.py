@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import attunement as at
+from attunement.method import method_from
 
 OUT, IN = 6, 10
 
@@ -61,6 +62,13 @@ def test_chooses_what_peft_chooses_with_the_same_seed() -> None:
     mask = functions.random_mask(nn.Linear(IN, OUT), r=2, random_seed=7)
     _, _, index = adapted(at.Sparse(lora_rank=2, seed=7))
     assert torch.equal(mask.flatten().nonzero().flatten(), index)
+
+
+@pytest.mark.parametrize(
+    "method", [at.Sparse(lora_rank=2), at.Sparse(density=0.3), at.Sparse(entries=((1, 2),))], ids=repr
+)
+def test_what_says_the_count_is_read_back(method: at.Sparse) -> None:
+    assert method_from(method.describe()) == method
 
 
 def test_a_small_change_is_not_lost_in_bfloat16() -> None:

@@ -36,7 +36,17 @@ def _methods_stay_here():
     ("call", "sentence"),
     [
         (lambda net: at.adapt(net, at.LoRA), r"LoRA is a class; call it for a method, as in LoRA\(\)"),
-        (lambda net: at.adapt(net, "lora"), r"a method by name is at.method\('lora'\)\(\)"),
+        (lambda net: at.adapt(net, "lora"), r"a method by name is at.method\('lora'\)\(\)$"),
+        (lambda net: at.adapt(net, "BitFit"), r"a recipe by name is at.recipes.bitfit\(\)$"),
+        (lambda net: at.adapt(net, "new_tokens"), r"a recipe by name is at.recipes.new_tokens\(count\)$"),
+        (lambda net: at.adapt(net, "bitfitt"), r"at.recipes.name\(\); nearest: 'bitfit'"),
+        (lambda net: at.HRA(rank=3), r"^HRA: rank must be a multiple of 2, got 3; the nearest is 4$"),
+        (lambda net: at.HRA(rank=-3), r"^HRA: rank must be .*; the nearest is 2$"),
+        (
+            lambda net: at.Sparse(density=0.1, lora_rank=4),
+            r"^Sparse: density and lora_rank each say .*; give one of them$",
+        ),
+        (lambda net: at.Sparse(lora_rank=4, entries=((0, 0),)), r"lora_rank and entries each say"),
         (
             lambda net: at.adapt(net, at.LoRA()),
             r"LoRA goes to 'attention.\{query,value\}' by default, .*say where with on=.*modules are 'first', 'second'",
@@ -59,6 +69,20 @@ def test_what_a_beginner_gets_wrong(net: Net, call, sentence: str) -> None:
     with pytest.raises(at.AttunementError, match=sentence) as caught:
         call(net)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"), [("LoRa", "LoRA"), ("Vera", "VeRA"), ("adaptt", "adapt"), ("Traner", "Trainer")]
+)
+def test_a_misspelt_name_of_the_package_names_the_nearest(word: str, hint: str) -> None:
+    with pytest.raises(AttributeError, match=f"^module 'attunement' has no attribute '{word}'; nearest: '{hint}'"):
+        getattr(at, word)
+
+
+def test_what_completes_is_what_is_public() -> None:
+    assert dir(at) == sorted(at.__all__)
+    assert {"Trainer", "Callback", "open_run"} < set(dir(at))
+    assert all(hasattr(at, word) for word in dir(at))
 
 
 def test_a_misspelt_hook_is_refused_when_it_is_registered() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import attunement as at
@@ -29,6 +30,14 @@ def test_another_base_is_refused(method, tmp_path):
     more_words = llama(0)
     more_words.resize_token_embeddings(48)
     at.load(more_words, tmp_path / "saved")
+
+
+def test_the_summary_gives_the_size_of_the_tensors_in_the_file(tmp_path):
+    adapter = at.adapt(llama(0), at.VeRA(rank=4))
+    adapter.save(tmp_path / "saved")
+    tensors = load_file(tmp_path / "saved" / "adapter.safetensors").values()
+    assert adapter.summary().saved_bytes == sum(tensor.nbytes for tensor in tensors)
+    assert str(adapter.summary()).endswith("576 bytes of tensors when saved")
 
 
 def test_a_forward_that_somebody_else_put_on_the_model_stays(tmp_path):

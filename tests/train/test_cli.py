@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +65,26 @@ def test_a_field_is_shown_with_its_bounds_and_default(attune) -> None:
     assert cells["rank"] == ["int > 0", "8"]
     assert cells["alpha"] == ["float > 0, or None", "None"]
     assert cells["dropout"] == ["float >= 0 and < 1", "0"]
+
+
+def test_kinds_are_written_as_a_person_does() -> None:
+    def kind(name: str, field: str) -> str:
+        found = at.method(name).__pydantic_fields__[field]
+        return cli.kind_of(found.annotation, found.metadata)
+
+    assert kind("sparse", "entries") == "tuple of (int >= 0, int >= 0), or None"
+    assert kind("train", "rows") == "tuple of int, or None"
+    assert kind("fish_mask", "kept") == "dict of str to int > 0, or None"
+    assert kind("hra", "rank") == "int > 0 and a multiple of 2"
+    kinds = {kind(name, field) for name in at.methods() for field in at.method(name).__pydantic_fields__}
+    assert [said for said in kinds if "[" in said or "Annotated" in said] == []
+
+
+@pytest.mark.parametrize("name", at.methods())
+def test_each_field_has_a_line_of_its_own(name: str) -> None:
+    lines = inspect.cleandoc(at.method(name).__doc__).partition("Args:\n")[2].partition("\n\n")[0].splitlines()
+    several = [line for line in lines if len(re.findall(r"(?:^ {4}|[.;] )[a-z_0-9]+(?:, [a-z_0-9]+)*: ", line)) > 1]
+    assert several == []
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])

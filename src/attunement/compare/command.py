@@ -56,6 +56,9 @@ def compare(
     retry: Annotated[
         bool, typer.Option("--retry", help="Run again what failed, and try again what was refused.")
     ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Only measure memory and times again: on a machine that is idle now.")
+    ] = False,
     report: Annotated[bool, typer.Option("--report", help="Only write the report of what there is.")] = False,
 ) -> None:
     """Compare methods on your model and data: a search of the rate for each, then seeds, then one page.
@@ -96,7 +99,13 @@ def compare(
         study = study.model_copy(update=changed)
         if report and retry:
             raise AttunementError("--retry runs trials, and --report runs none; expected one of them")
-        if report:
+        if measure and (report or retry or workers is not None or on != "local"):
+            raise AttunementError("--measure goes by itself: what else runs would be measured, too")
+        if measure:
+            with cli.console.status("") as shown:
+                count = Engine(study, lambda tally: shown.update(tally.now), team=team).measure()
+            cli.console.print(f"What {count} methods cost was measured again.", highlight=False)
+        elif report:
             again(cli.console, study)
         else:
             if retry:

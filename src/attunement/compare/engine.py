@@ -215,6 +215,20 @@ class Engine:
         """Have what failed run again, and what was refused tried again. Returns how many trials and methods there are."""
         return self.base.retry(self.lines)
 
+    def measure(self) -> int:
+        """Measure again what the methods cost of which that is known. Returns how many there are."""
+        known = [line for line in self.lines if line.fact("costs") and line.fact("refused") is None]
+        for line in known:
+            ground = self.ground(line.task)
+            self.tally.now = f"measuring {line.entry.label}"
+            self.watch(self.tally)
+            found = trial.costs(ground, line.entry)
+            line.forget()
+            line.state("costs", found)
+            settled()
+        self.end()
+        return len(known)
+
     def work(self) -> Tally:
         """Run what is open until nothing is left or the budget is spent.
 
@@ -379,11 +393,11 @@ class Engine:
         self.tally.total = self.tally.done + sum(map(sum, open_.values()))
         self.tally.still = sum(made.method == ZERO for made in found)
         self._forecast(found, open_)
-        self.tally.best = {}
+        best: dict[str, Trial] = {}  # a final run comes before any search trial, whose rows are others
         for made in found:
-            before = self.tally.best.get(made.task)
-            if made.quality is not None and made.state == "done" and (before is None or made.quality > before[0]):
-                self.tally.best[made.task] = (made.quality, made.label)
+            if made.quality is not None and made.state == "done":
+                best[made.task] = max(best.get(made.task, made), made, key=_standing)
+        self.tally.best = {task: (made.quality or 0.0, made.label) for task, made in best.items()}
         self.tally.whole = time.perf_counter() - self.began
         if self.writes and (every or len(found) != self.written):
             with saying(self.study):
@@ -513,6 +527,11 @@ def record(outcome: Outcome, line: Line, job: Job, rate: float | None, head_rate
         steps=outcome.steps,
         curve=tuple(outcome.curve),
     )
+
+
+def _standing(made: Trial) -> tuple[bool, float]:
+    """The order of trials on one task: final runs above those of a search, then by quality."""
+    return made.stage == "final", made.quality or 0.0
 
 
 def best_rate(line: Line, cap: int) -> float | None:

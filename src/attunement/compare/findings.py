@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attunement.compare.records import BASELINES, Study
 from attunement.compare.statistics import Difference
-from attunement.compare.table import FULL, MEASURES, STILL, Row, higher, leaders, shown, unit_of, within
+from attunement.compare.table import FULL, MEASURES, STILL, TIMED, Row, higher, leaders, shown, unit_of, within
 
 
 @dataclass(frozen=True)
@@ -109,25 +110,34 @@ def _quality(ranked: Sequence[Row]) -> Finding:
     behind = sum(row.to_best is not None and row.to_best.sure for row in ranked)
     unsteady = [row.label for row in ranked if not row.among_best and not (row.to_best and row.to_best.sure)]
     value = with_interval(best, "quality")
+    mean = best.values["quality"].mean
+    equal = [row.label for row in ranked if math.isclose(row.values["quality"].mean, mean, rel_tol=1e-6)]
+    has = "have" if equal[1:] else "has"
     if len(ranked) == 1:
         return Finding(BEST, best.label, f"{value}; there is no other to compare with.", (best.label,))
     if all(row.to_best is None or row.to_best.low is None for row in ranked[1:]):
         reason = unsaid([row.to_best for row in ranked[1:] if row.to_best])
-        sentence = f"{best.label} has the highest value, {value}; {reason}."
-        return Finding(BEST, "Not to be told", sentence, (best.label,))
+        if len(equal) == len(ranked):
+            sentence = f"All {len(ranked)} have {value}; {reason}."
+        else:
+            sentence = f"{listed(equal)} {has} the highest value, {value}; {reason}."
+        return Finding(BEST, "Not to be told", sentence, tuple(equal))
     if len(top) == 1 and not unsteady:
         second = ranked[1]
         lead = second.to_best
         gap = f"; {shown_gap(lead.mean, unit)} above {second.label}" if lead else ""
         what = f"each of the {len(ranked) - 1} others" if len(ranked) > 2 else second.label
         return Finding(BEST, best.label, f"{value}, better than {what}{gap}.", (best.label,))
+    count = f"{behind} others" if behind else "none of the others"
+    beats = f"; {best.label} is better than" if equal[1:] else f", {'and' if behind else 'but'} is better than"
     sentence = (
-        f"{len(top)} of {len(ranked)} methods cannot be told apart at the top. {best.label} has the highest mean, {value}, "
-        + (f"and is better than {behind} others." if behind else "but is better than none of the others.")
+        f"{len(top)} of {len(ranked)} methods cannot be told apart at the top. {listed(equal)} {has} the highest mean, "
+        f"{value}{beats} {count}."
     )
     if unsteady:
         ends = ("means lie", "they are") if unsteady[1:] else ("mean lies", "it is")
-        sentence += f" The {ends[0]} below that for {listed(unsteady)}, and whether {ends[1]} worse is not sure."
+        scattered = f"{listed(unsteady)}, whose seeds scatter too far to be sure that {ends[1]} worse"
+        sentence += f" The {ends[0]} below that for {scattered}."
     return Finding(BEST, level(top), sentence, tuple(row.label for row in top))
 
 
@@ -144,7 +154,15 @@ def _least(key: str, title: str, first: Sequence[Row], good: Sequence[Row], full
     if len(first) == 1:
         return Finding(title, best.label, f"{value}, the least of the {len(good)} methods {words}.", (best.label,))
     names = listed([row.label for row in first])
-    sentence = f"{names} cannot be told apart, of {len(good)} methods {words}; the mean of {best.label} is {value}."
+    if key in TIMED:
+        alike = f"{listed([row.label for row in first[1:]])} within a tenth of it, which is what one timing can tell"
+        return Finding(
+            title,
+            level(first),
+            f"{best.label} takes {value}, the least of {len(good)} methods {words}, with {alike}.",
+            tuple(row.label for row in first),
+        )
+    sentence = f"{names} are equal, the least of {len(good)} methods {words}: {value}."
     return Finding(title, level(first), sentence, tuple(row.label for row in first))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -11,7 +12,7 @@ import yaml
 
 from attunement.compare import findings as found_out
 from attunement.compare import records
-from attunement.compare.findings import shown_gap
+from attunement.compare.findings import listed, shown_gap
 from attunement.compare.records import Study, Trial
 from attunement.compare.statistics import Difference
 from attunement.compare.table import (
@@ -360,8 +361,8 @@ def _forest(row: Row, span: tuple[float, float], band: tuple[float | None, float
     return f'<svg class="forest" {box} aria-hidden="true">{shade}{line}{dot}</svg>'
 
 
-def rates(one: Sequence[Row]) -> str:
-    """What the chosen rates say together."""
+def rates(study: Study, task: str, one: Sequence[Row]) -> str:
+    """What the chosen rates say together, and where the best lies at an end of what was tried."""
     chosen = sorted(row.values["rate"].mean for row in one if "rate" in row.values and row.family != "baseline")
     text = "Quality on the held-out rows of the search, for each rate that was tried. "
     if len(chosen) > 1 and chosen[-1] > 1.5 * chosen[0]:
@@ -369,6 +370,17 @@ def rates(one: Sequence[Row]) -> str:
             f"The rates that were chosen go from {shown(chosen[0], 'rate')} to {shown(chosen[-1], 'rate')}, "
             f"a factor of {chosen[-1] / chosen[0]:,.0f}: one rate for all would decide the order."
         )
+    ends: dict[str, list[str]] = {"lowest": [], "highest": []}
+    for row in one:
+        mine = (t.rate for t in study.trials if (t.stage, t.task, t.label) == ("search", task, row.label))
+        tried = sorted(rate for rate in mine if rate is not None)
+        if "rate" in row.values and len(tried) > 1 and tried[0] < tried[-1]:
+            for word, end in zip(ends, (tried[0], tried[-1]), strict=True):
+                if math.isclose(row.values["rate"].mean, end):
+                    ends[word].append(row.label)
+    said = [f"the {word} that was tried for {listed(labels, 8)}" for word, labels in ends.items() if labels]
+    if said:
+        text += f" The best rate is {', and '.join(said)}: further rates may serve them better."
     return text
 
 

@@ -113,7 +113,7 @@ def _fitting(study: Study, measured: Sequence[Row], limits: Mapping[str, float])
 
 def _ranked(study: Study, fitting: Sequence[Row], limits: Mapping[str, float], count: int) -> list[Choice]:
     from attunement.compare.findings import shown_gap, with_interval
-    from attunement.compare.table import MEASURES, leaders, unit_of
+    from attunement.compare.table import MEASURES, RESOLUTION, TIMED, leaders, unit_of
 
     alike, behind = leaders(study, fitting, "quality")
     best = alike[0]
@@ -145,8 +145,9 @@ def _ranked(study: Study, fitting: Sequence[Row], limits: Mapping[str, float], c
         )
     )
     made = [(best, f"The highest mean {metric} {within}, {with_interval(best, 'quality')}, at {spent(best)}; {beats}.")]
+    enough = 1 - RESOLUTION * any(key in TIMED for key in costs)  # a time that is hardly less may be no less
     for row in sorted(alike[1:], key=lambda row: (cost(row), row.label)):
-        if cost(row) < cost(best):
+        if cost(row) < enough * cost(best):
             how = "needs less" if len(made) == 1 else "also needs less"
             text = f"Its {metric} of {with_interval(row, 'quality')} cannot be told from that of {best.label}, "
             text += f"and it {how}: {spent(row)}."

@@ -77,7 +77,7 @@ def page(study: Study, found: Mapping[str, list[Row]] | None = None) -> str:
             found, lambda task, one: markup.findings(study, one) + (markup.by_task(study, found) if task == ALL else "")
         ),
         "tables": markup.each(found, lambda task, one: markup.table(task, one, found)),
-        "rates": markup.each(found, lambda task, one: escape(markup.rates(one)), "span"),
+        "rates": markup.each(found, lambda task, one: escape(markup.rates(study, task, one)), "span"),
         "cut": markup.each(found, lambda task, one: markup.cut(study, task)),
         "settings": markup.settings(study, found),
         "footer": markup.footer(),

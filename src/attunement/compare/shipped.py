@@ -10,12 +10,14 @@ import dataclasses
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from attunement.compare import records
 from attunement.compare.records import Study, Trial
 from attunement.errors import AttunementError
+from attunement.train.words import near
 
 RESULTS = Path(__file__).parent / "data" / "results.json"
 
@@ -56,6 +58,24 @@ def collect(studies: Path, path: Path = RESULTS) -> int:
     return len(made)
 
 
+DATA = Path(__file__).parents[1] / "train" / "data"
+MACHINE = ("use_cpu", "bf16")
+"""Settings of training that are those of the machine on which the project measures."""
+
+
+def elsewhere(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a committed study as they hold on another machine: rows of the package where it is installed."""
+    made: dict[str, Any] = json.loads(json.dumps(settings))
+    for task in made.get("tasks", {}).values():
+        task["training"] = {key: value for key, value in task.get("training", {}).items() if key not in MACHINE}
+        rows = task.get("data", {})
+        for key in ("train", "eval", "test"):
+            name = str(rows.get(key, "")).rpartition("/attunement/train/data/")[2]
+            if name != rows.get(key) and (DATA / name).is_file():
+                rows[key] = near(DATA / name)
+    return made
+
+
 def load(path: Path = RESULTS) -> list[Study]:
     """The committed studies; none where this installation has none."""
     if not path.is_file():
@@ -70,7 +90,7 @@ def _study(one: dict[str, Any]) -> Study:
         Trial(id=str(i), **{name: value for name, value in row.items() if name in known}) for i, row in enumerate(rows)
     )
     progress = records.Progress(**one["progress"]) if "progress" in one else None
-    return Study(one["name"], one["settings"], trials, progress=progress)
+    return Study(one["name"], elsewhere(one["settings"]), trials, progress=progress)
 
 
 def _short(value: Any) -> Any:

@@ -73,6 +73,9 @@ COSTS = ("backward_bytes", "peak_memory", "step", "trainable")
 EXACT = ("trainable", "saved_bytes", "backward_bytes", "flops")
 """Counted, not timed: one run says it."""
 
+TIMED, RESOLUTION = ("step", "inference", "inference_merged"), 0.1
+"""Timed once for each method: what lies within a tenth of another is not told from it."""
+
 SPREAD = ("quality", "calibration", "forgetting", "step")
 """What is shown with its interval."""
 
@@ -162,7 +165,9 @@ def _of_task(task: str, parts: list[str], groups: Mapping[str, list[Trial]]) -> 
             own = {(part, seed): value for part, value in mine.items() for seed in seeds}
             quality[row.label] = own | quality[row.label]
     sign = 1.0 if all(higher(row.metric) for row in found) else -1.0
-    ranked = sorted((row for row in found if row.quality), key=lambda row: (-sign * _mean(row, "quality"), row.label))
+    ranked = sorted(
+        (row for row in found if row.quality), key=lambda row: (_figures(-sign * _mean(row, "quality")), *_cheap(row))
+    )
     if not ranked:
         return sorted(found, key=lambda row: row.label)
     common = prior(list(quality.values()))
@@ -230,6 +235,17 @@ def _values(trials: Sequence[Trial], key: str) -> dict[tuple[str, int], float]:
 
 def _mean(row: Row, key: str) -> float:
     return row.values[key].mean
+
+
+def _figures(value: float) -> float:
+    """Without what rounding leaves in means of equal values."""
+    return float(f"{value:.6g}")
+
+
+def _cheap(row: Row) -> tuple[float, str]:
+    """The order of rows of equal means: what keeps less for backward first."""
+    kept = row.values.get("backward_bytes")
+    return math.inf if kept is None else kept.mean, row.label
 
 
 def _turned(one: Difference | None) -> Difference | None:
@@ -351,20 +367,33 @@ def recipe(study: Study, row: Row) -> str:
     head_rate = next((t.head_rate for t in alike if t.head_rate is not None), None)
     training |= {} if head_rate is None else {"head_learning_rate": float(f"{head_rate:.6g}")}
     whole = {**given, **({"adapter": adapter} if adapter else {}), **({"training": training} if training else {})}
-    return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=100) if whole else ""
+    text = yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=100) if whole else ""
+    return (_fewer(study, row.task) if given else "") + text
+
+
+def _fewer(study: Study, task: str) -> str:
+    """A comment for a recipe where the study has trained on fewer rows than the recipe does, for which recipes have no word."""
+    several = study.settings.get("tasks")
+    own = several.get(task, {}) if isinstance(several, Mapping) else study.settings
+    cuts = [
+        f"{own[key]} rows {word}" for key, word in (("per_class", "of each class"), ("rows", "in all")) if own.get(key)
+    ]
+    return f"# The study trained on {', '.join(cuts)}; this takes all rows.\n" if cuts else ""
 
 
 def leaders(study: Study, rows: Sequence[Row], key: str) -> tuple[list[Row], list[Row]]:
     """Of rows of one task, the best in a measure and those level with it, the best first; and those that surely are not.
 
-    What is neither varies too much from seed to seed to be judged, with a mean that the best's interval leaves out.
+    What is neither varies too much from seed to seed to be judged, with a mean that the best's interval leaves out. Times
+    are taken once, so that those within a tenth of the best are level with it.
     """
     able = [row for row in rows if key in row.values]
     measure = next(one for one in MEASURES if one.key == key)
     up = measure.best == "high" and all(higher(row.metric) for row in able)
-    able.sort(key=lambda row: (-_mean(row, key) if up else _mean(row, key), row.label))
-    if not able or key in EXACT:
-        level = [row for row in able if row.values[key].mean == able[0].values[key].mean]
+    able.sort(key=lambda row: (_figures(-_mean(row, key) if up else _mean(row, key)), *_cheap(row)))
+    if not able or key in (*EXACT, *TIMED):
+        most = _mean(able[0], key) * (1 + RESOLUTION * (key in TIMED)) if able else 0.0
+        level = [row for row in able if _mean(row, key) <= most]
         return level, [row for row in able if row not in level]
     values = {
         row.label: _values([t for t in study.trials if t.label == row.label and row.task in (ALL, t.task)], key)

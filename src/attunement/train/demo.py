@@ -138,10 +138,11 @@ def run(console: Console, method: str, epochs: float, out: Path) -> None:
     console.print(Text.from_ansi(done.stdout.rstrip()), soft_wrap=True)
 
     summary = made.adapter.summary()
+    saved = sum(file.stat().st_size for file in (out / "adapter").iterdir())
     lines = (
         f"test accuracy       {before:.1%} → [bold green]{after:.1%}[/]",
         f"trained             {summary.trainable:,} parameters, {summary.share:.2%} of the model",
-        f"adapter             {size_of(summary.saved_bytes)} in {out / 'adapter'}",
+        f"adapter             {size_of(saved)} in {out / 'adapter'}",
         f"learning curve      {picture}",
         f"recipe              {out / 'recipe.yaml'}",
         f"time                {time.monotonic() - start:.0f} s, {trained:.0f} s of it training",

@@ -26,7 +26,9 @@ class AdaMSS(WeightMethod):
     (subspace_rank, rank) is trained for each cluster and B_o (subspace_rank,) for each row. The bias changes with W.
 
     Args:
-        rank: 100. subspaces: 5 clusters. subspace_rank: 1. These are PEFT's.
+        rank: 100, as in PEFT.
+        subspaces: how many clusters; 5, as in PEFT.
+        subspace_rank: 1, as in PEFT.
         seed: of the randomised SVD; 0, as in PEFT.
         stored: write V with the adapter, as PEFT does. Else it is made again from the base, with the sign of each direction
             such that the largest entry of its left vector is positive, which is as exact as directions of nearly equal

@@ -21,7 +21,8 @@ class CoLoRA(LoRA):
     the loss by W: of that are its ranks, one at least, and `largest` at most.
 
     Args:
-        rank: the mean rank; 8. alpha: s is alpha / rank whatever a site's own rank; None is a scale of one.
+        rank: the mean rank; 8.
+        alpha: s is alpha / rank whatever a site's own rank; None is a scale of one.
         largest: the most that one matrix gets; None is 4 * rank. A small matrix has fewer.
         tuned: a safetensors file with the weights of the model after full fine-tuning, by their names in this one. None
             takes D = -G, one step of full fine-tuning.

@@ -17,8 +17,10 @@ class DEFT(WeightMethod):
     """Decompositional efficient fine-tuning: W' = W - Q S^T W + s Q R, with P (out, rank) and R (rank, in) trained.
 
     Args:
-        rank: of P and R; 8. decomposition: Q = P and S = relu(P), or with "qr" Q = S, orthonormal directions that span P.
-        alpha: s is alpha / rank; None is a scale of one. dropout: on x before the change, in training only.
+        rank: of P and R; 8.
+        decomposition: Q = P and S = relu(P), or with "qr" Q = S, orthonormal directions that span P.
+        alpha: s is alpha / rank; None is a scale of one.
+        dropout: on x before the change, in training only.
         para: without R, W' = W - Q S^T W: PaRa (https://arxiv.org/abs/2406.05641), which does not start at W.
 
     Start: P normal(0, 0.02) and R = S^T W / s, so that W' = W. That is PEFT's; the authors' code draws R too, and so begins

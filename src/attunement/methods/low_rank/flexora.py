@@ -32,8 +32,11 @@ class Flexora(WeightMethod):
     with h > 0 get a LoRA, trained from its own start; the others none.
 
     Args:
-        rank: 8. alpha: numerator of the scale in both phases; None is `rank`. dropout: on x before A, in training only.
-        lr: of h; 0.01. batches: 8. Both as in the authors' code.
+        rank: 8.
+        alpha: numerator of the scale in both phases; None is `rank`.
+        dropout: on x before A, in training only.
+        lr: of h; 0.01, as in the authors' code.
+        batches: 8, as in the authors' code.
 
     Start: A uniform in ±1/sqrt(in), B zero, h zero, so g = 1. A layer is a block; a matrix in none is one of its own.
     As in the authors' code, h's gradient is taken where A and B stand, without unrolling a step of theirs. There g

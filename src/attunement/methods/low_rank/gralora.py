@@ -17,7 +17,8 @@ class GraLoRA(WeightMethod):
     own: as many numbers as LoRA of this rank, and a change of rank up to k * rank.
 
     Args:
-        rank: 32, of which each tile has rank / k. tiles: k, which divides the rank and both sizes; 2. As in PEFT.
+        rank: 32, as in PEFT; each tile has rank / k.
+        tiles: k, which divides the rank and both sizes; 2, as in PEFT.
         alpha: None is twice the rank, PEFT's 64 over 32.
         hybrid_rank: a plain LoRA of this rank beside the tiles.
         dropout: on x of the change, in training only.

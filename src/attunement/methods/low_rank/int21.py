@@ -26,12 +26,15 @@ class INT21(WeightMethod):
     base; and then for a task.
 
     Args:
-        bits: 2. columns: of a row that share a grid, a divisor of `in`; None is the whole row.
-        rank: 16. alpha: numerator of the scale; None is `rank`.
+        bits: 2.
+        columns: of a row that share a grid, a divisor of `in`; None is the whole row.
+        rank: 16.
+        alpha: numerator of the scale; None is `rank`.
 
     Start: B A is the best of its rank for W - Q(W), by the SVD of that. The abstract alone could be read, no code is public:
     the start and the ranks are ours, and the grid is that of GPTQ's code with `mse`, over fewer shares. Q(W) is computed
-    from W, not packed: this shows and trains what a quantised model will give, it saves no memory. Over a base that bitsandbytes has packed the correction is `LoRA`.
+    from W, not packed: this shows and trains what a quantised model will give, it saves no memory. Over a base that
+    bitsandbytes has packed the correction is `LoRA`.
     """
 
     cannot: ClassVar[Mapping[str, str]] = {
@@ -48,8 +51,13 @@ class INT21(WeightMethod):
         low, step = self.grid(W)
         U, S, Vh = singular(W - self.rounded(W, low, step), self.rank)
         root = torch.sqrt(S / s.to(S))  # (rank,)
-        made = {"A": root[:, None] * Vh, "B": U * root, "scale": fixed(s)}  # (rank, in), (out, rank), ()
-        return made | {"low": seeded(low), "step": seeded(step)}  # (out, in / columns) each
+        return {
+            "A": root[:, None] * Vh,  # (rank, in)
+            "B": U * root,  # (out, rank)
+            "low": seeded(low),  # (out, in / columns)
+            "step": seeded(step),  # (out, in / columns)
+            "scale": fixed(s),  # ()
+        }
 
     def grid(self, W: Tensor) -> tuple[Tensor, Tensor]:
         """The lowest value and the distance of values, (out, in / columns) each."""

@@ -22,7 +22,8 @@ class KaSA(WeightMethod):
     kept close to an SVD by a term of the loss: beta sum d^2 + gamma (||B^T B - I|| + ||A A^T - I||), Frobenius, a matrix.
 
     Args:
-        rank: r, at most min(out, in), which leaves nothing of W; 8. alpha: numerator of the scale; 16.
+        rank: r, at most min(out, in), which leaves nothing of W; 8.
+        alpha: numerator of the scale; 16.
         beta, gamma: 1e-4 and 1e-3, as in the authors' scripts for GLUE.
 
     Start: A uniform in ±1/sqrt(in), d normal(0, 1), B zero. So W' = W - N, not W: that is the method. N is computed again

@@ -22,8 +22,10 @@ class Lily(OutputMethod):
     router (experts, rank) to each. The mean is over all tokens of the batch, so that one B is made for them all.
 
     Args:
-        rank: 32. stride: 1. experts: 2, how many B_e a role has. scaling: 1. These are PEFT's; it advises a stride and as many
-            experts as about a third of the layers.
+        rank: 32, as in PEFT.
+        stride: 1, as in PEFT, which advises about a third of the layers.
+        experts: how many B_e a role has; 2, as in PEFT, which advises about a third of the layers.
+        scaling: 1, as in PEFT.
 
     Start: A and router uniform in ±1/sqrt(last size), B zero. The authors' code was not read: this is PEFT's formula.
     """

@@ -24,7 +24,8 @@ class LoRAGA(WeightMethod):
 
     Args:
         rank: r, at most min(out, in); above half of that B0 and A0 share directions. 8.
-        alpha: numerator of the scale; 16. rank_stabilised: scale alpha / sqrt(rank), as in the paper's runs.
+        alpha: numerator of the scale; 16.
+        rank_stabilised: scale alpha / sqrt(rank), as in the paper's runs.
         gamma: 16, as in the authors' configuration; 64 in one of their runs.
 
     It needs data with labels, for a model that returns its loss: 8 batches of one row in the authors' configuration.

@@ -20,7 +20,10 @@ class MoS(WeightMethod):
     random and fixed, and not the same for A and B. `private` of its rows are pieces that no other matrix takes.
 
     Args:
-        rank: 8. budget: 2. shards: 2. private: 1, at most the budget and the rank.
+        rank: 8.
+        budget: 2.
+        shards: 2.
+        private: 1, at most the budget and the rank.
         alpha, dropout: as in `LoRA`.
         seed: of the choice of pieces, which is not stored.
 

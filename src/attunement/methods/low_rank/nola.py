@@ -19,7 +19,9 @@ class NOLA(WeightMethod):
     that a matrix may cost less than a LoRA of rank one.
 
     Args:
-        bases: 512 for each factor. rank, alpha: 8 and the rank, as in the reference script for GPT-2. dropout: as in `LoRA`.
+        bases: 512 for each factor.
+        rank, alpha: 8 and the rank, as in the reference script for GPT-2.
+        dropout: as in `LoRA`.
         seed: of the bases and of each A_0.
 
     Start: a and b zero, A_0 uniform in ±1/sqrt(in). The bases are the same for all matrices, cut to the rows and columns

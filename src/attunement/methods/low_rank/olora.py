@@ -18,7 +18,8 @@ class OLoRA(WeightMethod):
     is an orthonormal basis of the first columns of W, and what W has in it.
 
     Args:
-        rank: r, at most min(out, in); 8, PEFT's default. alpha: numerator of the scale; None is `rank`.
+        rank: r, at most min(out, in); 8, PEFT's default.
+        alpha: numerator of the scale; None is `rank`.
         rank_stabilised: scale alpha / sqrt(rank).
 
     The formula is that of PEFT, where the authors contributed it; their paper trains ranks 32 and 64. PEFT takes s B0 A0

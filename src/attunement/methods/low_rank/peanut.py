@@ -20,7 +20,10 @@ class PEANuT(WeightMethod):
     H := f(D_i H) + H_(d-i), E and D (d, rank, rank).
 
     Args:
-        rank: 32. depth: d; 0. scale: s; 1. activation: f; relu. All as in PEFT.
+        rank: 32, as in PEFT.
+        depth: d; 0, as in PEFT.
+        scale: s; 1, as in PEFT.
+        activation: f; relu, as in PEFT.
 
     2 rank * out + 2 d rank^2 numbers a matrix. Start: A, E and D uniform in ±1/sqrt(last side), B zero. The formula is
     PEFT's; the authors' own code was not found. H is computed from W at every step, and nothing of it is stored.

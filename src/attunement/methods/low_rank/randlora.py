@@ -20,7 +20,8 @@ class RandLoRA(WeightMethod):
     by bases on the left and by ranks on the right, so column k of B_b meets another row than row k of A diag(right_b).
 
     Args:
-        rank: 32. scale: 20; PEFT writes it as an alpha of 640 over the rank, the authors' code divides by sqrt(n) too.
+        rank: 32.
+        scale: 20; PEFT writes it as an alpha of 640 over the rank, the authors' code divides by sqrt(n) too.
         seed: from which A and then B are drawn on the CPU, uniform and divided by their standard deviation. PEFT draws them
             in bfloat16 or float16, as the machine has it, so its bases can only be had from a file that has them.
         stored: write A and B with the adapter; else they are drawn again at load.

@@ -21,7 +21,8 @@ class TinyLoRA(WeightMethod):
     variance 1 / rank: all of these are frozen. v (size,) is trained, one for each group of matrices that follow each other.
 
     Args:
-        rank: 2, as the paper advises. size: u, how many numbers a group trains; 64, as in PEFT.
+        rank: 2, as the paper advises.
+        size: u, how many numbers a group trains; 64, as in PEFT.
         tying: 0 gives each matrix a v of its own, 1 all of them one v; between, round(matrices * (1 - tying)) groups.
         seed: the P_i of the n-th matrix are drawn from seed + n, as in PEFT; 42, as there.
         stored: write A, B and the P_i with the adapter, as PEFT does. Else they are made again at load, with the sign of

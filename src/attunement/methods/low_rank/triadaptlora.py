@@ -28,11 +28,13 @@ class TriAdaptLoRA(WeightMethod):
     threshold that rises from 0 to 1 between warmup and final: at first all grow, in the end the most important one.
 
     Args:
-        rank: the mean number of live ranks at which growth ends. initial_rank: that at the start, 1.
+        rank: the mean number of live ranks at which growth ends.
+        initial_rank: that at the start, 1.
         max_rank: the most that one matrix may get, allocated from the start; None is 2 * rank. A small matrix has fewer.
         alpha: s is alpha / rank; None is a scale of one.
         warmup, final: the steps before the first and after the last growth, or shares of all steps below 1.
-        interval: steps between growths. total_steps: None is the adapter's own, which `at.Trainer` sets.
+        interval: steps between growths.
+        total_steps: None is the adapter's own, which `at.Trainer` sets.
 
     Start: L zero, U uniform in ±1/sqrt(in), so a new rank changes nothing by itself. Both are kept as their entries.
     Only the abstract could be read, and no code is public: triangles, norms and thresholds that grow linearly with the

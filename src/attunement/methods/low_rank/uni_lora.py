@@ -23,8 +23,8 @@ class UniLoRA(WeightMethod):
     theta[i] / sqrt(n_i), n_i being how many entries have theta[i].
 
     Args:
-        rank: 4, as in the paper's runs and PEFT. length: d, how many numbers are trained in all; 256, as in PEFT. The paper
-            has 23,040 on RoBERTa-base.
+        rank: 4, as in the paper's runs and PEFT.
+        length: d, how many numbers are trained in all; 256, as in PEFT. The paper has 23,040 on RoBERTa-base.
         seed: of the places, which are all equally often taken, as in PEFT; the paper draws each place on its own. 42, as in
             PEFT, which has the same places where it meets the matrices in the same order.
         bound: theta starts uniform in ±0.02, as in PEFT.

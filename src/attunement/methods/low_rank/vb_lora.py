@@ -21,8 +21,11 @@ class VBLoRA(WeightMethod):
     logits: A_logits (rank, in / vector_length, vectors), B_logits (out / vector_length, rank, vectors).
 
     Args:
-        rank: 4. topk: 2. vectors, vector_length: 256 each; the length divides out and in.
-        bound: the bank starts uniform in ±0.02. spread: logits start normal(0, 0.1). These are PEFT's defaults.
+        rank: 4, as in PEFT.
+        vectors, vector_length: 256 each, as in PEFT; the length divides out and in.
+        topk: 2, as in PEFT.
+        bound: the bank starts uniform in ±0.02, as in PEFT.
+        spread: logits start normal(0, 0.1), as in PEFT.
         dropout: on x before A, in training only.
 
     Start: as published, both factors are small and not zero. The authors give bank and logits learning rates of their own.

@@ -19,7 +19,9 @@ class BOFT(WeightMethod):
 
     Args:
         block_size: b. b * 2^(m - 1) must divide `in`, and b be even for more than one level.
-        levels: m. One is OFT with a scale. PEFT has 4 and 1; 8 and 2 are the paper's for language models, as recalled.
+        levels: m. One is OFT with a scale. PEFT's defaults are blocks of 4 and one level; 8 and 2 mix as many inputs as blocks
+            of 16. PEFT computes more than one level by its CUDA extension only: without it, it takes every checkpoint for one
+            of a single level and refuses the shapes of others. `levels=1` is for PEFT anywhere.
         scaled: a learned scale of each output, as in the authors' code. Without it a linear layer is given x R, which
             spares W'.
 

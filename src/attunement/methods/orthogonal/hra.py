@@ -1,8 +1,10 @@
 """HRA: a weight turned by a few Householder reflections."""
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from attunement.method import Tensors, WeightMethod, kaiming, register
@@ -17,7 +19,7 @@ class HRA(WeightMethod):
     (the compact WY form), which spares the loop over reflections of the reference code.
 
     Args:
-        rank: the number of reflections, even and at most `in`. 8 in the reference code.
+        rank: the number of reflections, at most `in`, and even so that they can start at no change. 8 in the reference code.
         regularisation: the paper's lambda, the weight of ||I - U^T U||^2 in the loss; between 0, free reflections, and
             large values, orthogonal ones. The public code has only the two ends (`apply_GS`).
 
@@ -25,7 +27,7 @@ class HRA(WeightMethod):
     The reference code takes query and value for Llama, and every linear layer of a block for DeBERTa.
     """
 
-    rank: PositiveInt = 8
+    rank: Annotated[PositiveInt, Field(multiple_of=2)] = 8
     regularisation: NonNegativeFloat = 0.0
 
     def tensors(self, site: Site) -> Tensors:
@@ -33,8 +35,6 @@ class HRA(WeightMethod):
         return {"u": half.repeat_interleave(2, dim=1)}  # (in, r)
 
     def refuse(self, site: Site) -> str | None:
-        if self.rank % 2:
-            return f"rank {self.rank} is odd, and could not start at no change; the nearest is {self.rank + 1}"
         if self.rank > site.inputs:
             return f"rank {self.rank} is larger than its {site.inputs} inputs; the largest is {site.inputs // 2 * 2}"
         return None

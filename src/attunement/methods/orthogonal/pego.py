@@ -17,7 +17,8 @@ class PEGO(WeightMethod):
     preserved, and the group learns diverse things.
 
     Args:
-        rank: 4. group: how many LoRAs; 4, 2 on the smallest of the authors' data sets.
+        rank: 4.
+        group: how many LoRAs; 4, 2 on the smallest of the authors' data sets.
         strictness: of both penalties; 1e-3. All as in the authors' scripts for a ViT-B/16 of CLIP.
 
     Start: A uniform in ±1/sqrt(in), B zero; no scale, as in the authors' code.

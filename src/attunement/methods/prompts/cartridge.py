@@ -22,7 +22,8 @@ class Cartridge(Prefix):
     """Cartridge: a prefix K, V (key heads, count, head width) in each layer whose first `frozen` tokens stay as they are.
 
     Args:
-        count: tokens; 128, the smallest of the paper, which goes to 8,192. frozen: of them; 1, the attention's sink.
+        count: tokens; 128, the smallest of the paper, which goes to 8,192.
+        frozen: of them; 1, the attention's sink.
         std, offset_positions: as in `Prefix`; the text begins behind it, as behind the text that it stands for. Under
             `at.Weighted` it does so whatever the weight but zero.
 

@@ -22,7 +22,9 @@ class MultitaskPrompt(SequenceMethod):
     none is told, it is the mean U and V of all: from there the paper starts a task that is new.
 
     Args:
-        count: tokens; 100 as in the paper. tasks: how many. rank: 1, as in the paper.
+        count: tokens; 100 as in the paper.
+        tasks: how many.
+        rank: 1, as in the paper.
         std: of the normal start of P; 1 as in PEFT, where U and V start at 0.02 as here.
 
     The paper distils the prompts of single tasks into this one: a loss, and not here. Start: not the base's function.

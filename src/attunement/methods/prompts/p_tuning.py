@@ -22,7 +22,9 @@ class PTuning(SequenceMethod):
 
     Args:
         count: tokens; 9 = 3 + 3 + 3 as in the source's template, where they stand between the words; here before them.
-        encoder: "mlp" or "lstm"; size: its hidden width, by default that of the embeddings; layers: of the LSTM.
+        encoder: "mlp" or "lstm".
+        size: its hidden width, by default that of the embeddings.
+        layers: of the LSTM.
 
     Start: P normal of 1, the encoder as its layers start. Not the base's function.
     """

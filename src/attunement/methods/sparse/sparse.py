@@ -36,6 +36,11 @@ class Sparse(WeightMethod):
     seed: NonNegativeInt = 0
     entries: Annotated[tuple[tuple[NonNegativeInt, NonNegativeInt], ...], Field(min_length=1)] | None = None
 
+    def __post_init__(self) -> None:
+        said = [name for name in ("density", "lora_rank", "entries") if getattr(self, name) != getattr(Sparse, name)]
+        if len(said) > 1:
+            raise ValueError(f"{' and '.join(said)} each say which share of W is trained; give one of them")
+
     def count(self, site: Site) -> int:
         if self.entries is not None:
             return len(set(self.entries))

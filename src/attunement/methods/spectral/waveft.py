@@ -18,7 +18,8 @@ class WaveFT(WeightMethod):
     columns and both.
 
     Args:
-        frequencies: how many coefficients train in each matrix; 2592. scale: 25. As in PEFT.
+        frequencies: how many coefficients train in each matrix; 2592, as in PEFT.
+        scale: 25, as in PEFT.
         seed: of the entries, one for all matrices. 777, whose entries are PEFT's.
 
     Start: spectrum zero. Entries in a row or column that an odd size lacks do nothing, as in PEFT. Its longer wavelets, and
