@@ -136,8 +136,8 @@ def _quality(ranked: Sequence[Row]) -> Finding:
     )
     if unsteady:
         ends = ("means lie", "they are") if unsteady[1:] else ("mean lies", "it is")
-        scattered = f"{listed(unsteady)}, whose seeds scatter too far to be sure that {ends[1]} worse"
-        sentence += f" The {ends[0]} below that for {scattered}."
+        below_it = f"{listed(unsteady)}, and whether {ends[1]} worse is not sure: more seeds would tell"
+        sentence += f" The {ends[0]} below that interval for {below_it}."
     return Finding(BEST, level(top), sentence, tuple(row.label for row in top))
 
 
