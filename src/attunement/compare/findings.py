@@ -156,13 +156,9 @@ def _least(key: str, title: str, first: Sequence[Row], good: Sequence[Row], full
     names = listed([row.label for row in first])
     if key in TIMED:
         alike = f"{listed([row.label for row in first[1:]])} within a tenth of it, which is what one timing can tell"
-        return Finding(
-            title,
-            level(first),
-            f"{best.label} takes {value}, the least of {len(good)} methods {words}, with {alike}.",
-            tuple(row.label for row in first),
-        )
-    sentence = f"{names} are equal, the least of {len(good)} methods {words}: {value}."
+        sentence = f"{best.label} takes {value}, the least of {len(good)} methods {words}, with {alike}."
+    else:
+        sentence = f"{names} are equal, the least of {len(good)} methods {words}: {value}."
     return Finding(title, level(first), sentence, tuple(row.label for row in first))
 
 
