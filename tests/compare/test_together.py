@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tiny_studies import plain
+from torch import distributed
 
 import attunement as at
-from attunement.compare import records, trial
+from attunement.compare import records, together, trial
 from attunement.compare.engine import Engine
 from attunement.compare.records import Trial
 from attunement.compare.study import Study, entries, made
@@ -209,3 +214,25 @@ def test_connections_close_though_something_is_pending(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=True)
     assert float(done.stdout.rpartition("closed after")[2]) < 20
+
+
+def test_connections_are_not_closed_under_the_interpreters_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP's reducer would do so, were it the last to hold them, while a thread that closing waits for wants the lock."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    team = together.Team()
+    team._join(SimpleNamespace(training=SimpleNamespace(model_dump=lambda: {"use_cpu": True})))  # type: ignore[arg-type]
+    trained: list[Any] = [torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))]
+    trained.append(trained)  # a cycle, as a trial that failed leaves them
+    reducer, connections = weakref.ref(trained[0].reducer), weakref.ref(distributed.group.WORLD)
+    del trained
+    collect, held = gc.collect, []
+
+    def watched() -> None:
+        collect()
+        held.append((reducer() is None, connections() is not None))
+
+    monkeypatch.setattr(together.gc, "collect", watched)
+    team._part()
+    assert held == [(True, True)], "the reducer has gone, and the connections are still held by name"
+    assert connections() is None

@@ -224,10 +224,14 @@ class Team:
     def _part(self) -> None:
         """Close the connections: whoever waits for this process is told so by that."""
         if distributed.is_initialized():
+            connections = distributed.group.WORLD
             if self.joined is not None and self.joined[1] == "nccl":
-                distributed.group.WORLD.abort()  # type: ignore[union-attr] # closing would wait for what is pending
+                connections.abort()  # type: ignore[union-attr] # closing would wait for what is pending
             distributed.destroy_process_group()
             gc.collect()  # a trial that failed holds them in cycles
+            # Closing waits for threads that may need the interpreter's lock. DDP's reducer, were it the last to hold
+            # the connections, would close them with the lock held and never return; this name lets go of the lock.
+            del connections
         self.joined = None
 
     @contextlib.contextmanager
