@@ -15,6 +15,7 @@ import pytest
 import synthetic
 from scipy import stats
 
+import attunement as at
 from attunement.compare import findings, markup, pictures, records, report, table
 from attunement.compare.records import Study, Trial
 from attunement.compare.table import ALL
@@ -457,3 +458,11 @@ def test_a_full_disk_leaves_the_last_page(tmp_path: Path, monkeypatch: pytest.Mo
         report.write(tmp_path, pictures=False)
     assert path.read_bytes() == before
     assert not list(tmp_path.glob(".*"))
+
+
+def test_every_family_has_a_colour_and_a_mark_of_its_own() -> None:
+    css = (Path(report.__file__).parent / "page" / "report.css").read_text()
+    count = len(table.FAMILIES)
+    assert set(table.FAMILIES) >= {key.partition("/")[0] for key in at.methods()} | {"recipes", "baseline"}
+    assert len(set(markup.SHAPES)) == len(set(pictures.COLOURS)) == len(set(pictures.MARKS)) == count
+    assert all(css.count(f"--f{i}: ") == 2 for i in range(count)), "in light and in dark"

@@ -24,8 +24,20 @@ from attunement.compare.table import (
     window,
 )
 
-COLOURS = ["#1f6fb4", "#b85300", "#26803a", "#c0323c", "#7a4fb0", "#85573f", "#0a7f88", "#b03d88", "#737312", "#3d434a"]
-MARKS = ["o", "s", "^", "D", "v", "P", "p", "X", "*", "_"]
+COLOURS = [
+    "#1f6fb4",
+    "#b85300",
+    "#26803a",
+    "#c0323c",
+    "#7a4fb0",
+    "#85573f",
+    "#0a7f88",
+    "#b03d88",
+    "#737312",
+    "#3d434a",
+    "#2b349c",
+]
+MARKS = ["o", "s", "^", "D", "v", "P", "p", "X", "*", "_", "<"]
 INK, SOFT, MUTE, GRID, ACCENT = "#16191d", "#545c66", "#c3cad2", "#e8ecf0", "#0b5cad"
 STYLE: Any = {
     "svg.hashsalt": "attunement",  # otherwise the names of clips and marks are drawn by chance
@@ -188,7 +200,7 @@ def _pareto(study: Study, task: str, rows: Sequence[Row], numbers: Mapping[str, 
     figure.legend(
         handles=keys,
         loc="outside lower center",
-        ncols=min(len(keys), 10),
+        ncols=math.ceil(len(keys) / math.ceil(len(keys) / 10)),
         frameon=False,
         fontsize=8,
         handletextpad=0.1,

@@ -30,6 +30,7 @@ FAMILIES = (
     "sparse",
     "selective",
     "baseline",
+    "recipes",
 )
 """In the order of their colours and marks; families of third parties take the marks that are left."""
 SHARES = ("accuracy", "f1", "precision", "recall", "auc", "exact_match")
