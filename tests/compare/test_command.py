@@ -75,7 +75,8 @@ def test_a_study_from_the_command_line(attune: Any, tmp_path: Path, bert: Path, 
     (tmp_path / "study" / "report.html").unlink()
     before = (tmp_path / "study" / "trials.csv").read_text().splitlines()
     code, said, _ = attune("compare", file, "--measure")
-    assert (code, said.splitlines()[0]) == (0, "What 4 methods cost was measured again.")
+    assert [line.split("  measuring ")[0] for line in said.splitlines()[:4]] == ["1/4", "2/4", "3/4", "4/4"]
+    assert (code, said.splitlines()[4]) == (0, "What 4 methods cost was measured again.")
     after = (tmp_path / "study" / "trials.csv").read_text().splitlines()
     assert len(before) == len(after)
     assert before != after, "times are taken anew"

@@ -102,8 +102,16 @@ def compare(
         if measure and (report or retry or workers is not None or on != "local"):
             raise AttunementError("--measure goes by itself: what else runs would be measured, too")
         if measure:
-            with cli.console.status("") as shown:
-                count = Engine(study, lambda tally: shown.update(tally.now), team=team).measure()
+            shown = cli.console.status("") if cli.console.is_terminal else None
+
+            def told(tally: Tally) -> None:
+                if shown is not None:
+                    shown.update(tally.now)
+                elif tally.now:
+                    cli.console.print(tally.now, highlight=False, soft_wrap=True)
+
+            with shown or contextlib.nullcontext():
+                count = Engine(study, told, team=team).measure()
             cli.console.print(f"What {count} methods cost was measured again.", highlight=False)
         elif report:
             again(cli.console, study)
@@ -235,9 +243,10 @@ def run(console: Console, study: Study, on: str, workers: int | None, team: Team
     found_out(console, study)
     if tally.busy:
         share = f" ({tally.overhead / tally.busy:.1%})" if tally.busy > LONG else ""
+        waited = f", {tally.waiting:.0f} s of waiting for other processes" if tally.waiting >= 1 else ""
         console.print(
             f"{tally.done} trials; {tally.busy:.0f} s of training and evaluating, {tally.measuring:.0f} s of measuring "
-            f"costs, {tally.loading:.0f} s of loading; the arena itself added {tally.overhead:.0f} s{share}",
+            f"costs, {tally.loading:.0f} s of loading{waited}; the arena itself added {tally.overhead:.0f} s{share}",
             highlight=False,
             soft_wrap=True,
         )

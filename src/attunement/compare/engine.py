@@ -70,14 +70,15 @@ class Tally:
     busy: float = 0.0
     measuring: float = 0.0
     loading: float = 0.0
+    waiting: float = 0.0
     whole: float = 0.0
     lengths: list[float] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     @property
     def overhead(self) -> float:
-        """Seconds that were neither training, evaluating, loading nor measuring."""
-        return max(0.0, self.whole - self.busy - self.measuring - self.loading)
+        """Seconds that were neither training, evaluating, loading, measuring nor waiting for another process's trial."""
+        return max(0.0, self.whole - self.busy - self.measuring - self.loading - self.waiting)
 
 
 class Engine:
@@ -218,9 +219,9 @@ class Engine:
     def measure(self) -> int:
         """Measure again what the methods cost of which that is known. Returns how many there are."""
         known = [line for line in self.lines if line.fact("costs") and line.fact("refused") is None]
-        for line in known:
+        for turn, line in enumerate(known, start=1):
             ground = self.ground(line.task)
-            self.tally.now = f"measuring {line.entry.label}"
+            self.tally.now = f"{turn}/{len(known)}  measuring {line.entry.label}"
             self.watch(self.tally)
             found = trial.costs(ground, line.entry)
             line.forget()
@@ -241,8 +242,10 @@ class Engine:
             if job is None:
                 break
             if job is False:
+                start = time.perf_counter()
                 time.sleep(POLL)
                 self.refresh()
+                self.tally.waiting += time.perf_counter() - start
                 continue
             assert isinstance(job, Job)
             self.look()
