@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attunement.adapter import Adapter, using
+from attunement.ahead import working
 from attunement.anatomy import CONTAINER, anatomy, walk
 from attunement.attach import exchange, sealed_forward
 from attunement.choosing import KINDS, chosen
@@ -149,13 +151,16 @@ def build(
             first = group.sites[0]
             group.shared = Holder(_placed(shared, first))
             group.shared_kinds = {word: kind for word, (kind, _) in shared.items()}
-        for site in group.sites:
-            kind = KINDS[group.method.acts_on][1]
-            tensors = _initial(group.method, site, statistics, given)
-            modules = _built(group.method, site)
-            if said := untold(group.method, group.method.form(site), (*tensors, *shared, *modules, *group.method.asks)):
-                raise AttunementError(f"adapt: {site.key}: {said}")
-            group.parts.append(kind(group.method, site, tensors, group.shared, modules))
+        kind = KINDS[group.method.acts_on][1]
+        singles = {site: _singles(site) for site in group.sites if given is None or site not in given}
+        with working(group.method, [one for each in singles.values() for one in each]):
+            for site in group.sites:
+                tensors = _initial(group.method, site, singles.get(site), statistics, given)
+                modules = _built(group.method, site)
+                names = (*tensors, *shared, *modules, *group.method.asks)
+                if said := untold(group.method, group.method.form(site), names):
+                    raise AttunementError(f"adapt: {site.key}: {said}")
+                group.parts.append(kind(group.method, site, tensors, group.shared, modules))
         for one in group.parts:
             one.meet(group.parts)
     adapter = Adapter(name, model, groups)
@@ -198,21 +203,24 @@ def _share_tied(adapter: Adapter) -> None:
         part.twins = tuple(m for m, _ in others)
 
 
+def _singles(site: Site) -> list[Site]:
+    """A site for each of its matrices."""
+    return [site.single(index) for index in range(math.prod(site.batch))] if site.batch else [site]
+
+
 def _initial(
     method: Method,
     site: Site,
+    singles: list[Site] | None,
     statistics: Mapping[Site, Statistics] | None,
     given: Mapping[Site, Tensors] | None,
 ) -> dict[str, Tagged]:
-    if given is not None and site in given:
+    if singles is None:
+        assert given is not None
         return _placed(tagged(given[site]), site)
     known = None if statistics is None else statistics.get(site)
     if not site.batch:
         return _placed(tagged(method.tensors(site) if known is None else method.calibrate(site, known)), site)
-    count = 1
-    for size in site.batch:
-        count *= size
-    singles = [site.single(index) for index in range(count)]
     each = [
         tagged(method.tensors(one) if known is None else method.calibrate(one, known.single(index)))
         for index, one in enumerate(singles)

@@ -7,6 +7,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from attunement.ahead import ahead
 from attunement.fields import Rank
 from attunement.method import Tensors, WeightMethod, fixed, register, seeded
 from attunement.methods._low_rank import scale
@@ -47,6 +48,7 @@ class INT21(WeightMethod):
     rank: Rank = 16
     alpha: PositiveFloat | None = None
 
+    @ahead()
     def tensors(self, site: Site) -> Tensors:
         W, s = site.weight, scale(self.rank, self.alpha, rank_stabilised=False)
         low, step = self.grid(W)

@@ -7,6 +7,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
+from attunement.ahead import ahead
 from attunement.fields import Rank
 from attunement.method import Tensors, WeightMethod, fixed, kaiming, register, seeded
 from attunement.methods._low_rank import scale
@@ -40,7 +41,7 @@ class KaSA(WeightMethod):
     gamma: NonNegativeFloat = 1e-3
 
     def tensors(self, site: Site) -> Tensors:
-        left, right = smallest(site.weight, self.rank)
+        left, right = self.left_out(site)
         return {
             "A": kaiming(self.rank, site.inputs),  # (rank, in)
             "B": torch.zeros(site.outputs, self.rank),  # (out, rank)
@@ -49,6 +50,10 @@ class KaSA(WeightMethod):
             "right": seeded(right),  # (rank, in)
             "scale": fixed(scale(self.rank, self.alpha, rank_stabilised=False)),  # ()
         }
+
+    @ahead()
+    def left_out(self, site: Site) -> tuple[Tensor, Tensor]:
+        return smallest(site.weight, self.rank)
 
     def factors(
         self, _: Tensor, A: Tensor, B: Tensor, d: Tensor, left: Tensor, right: Tensor, scale: Tensor

@@ -4,6 +4,7 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
+from attunement.ahead import ahead
 from attunement.fields import Rank
 from attunement.method import Tensors, WeightMethod, fixed, register, seeded
 from attunement.methods._low_rank import scale
@@ -31,6 +32,7 @@ class LoRAXS(WeightMethod):
     alpha: PositiveFloat | None = 16.0
     exact: bool = False
 
+    @ahead(unless="exact")
     def tensors(self, site: Site) -> Tensors:
         U, S, Vh = singular(site.weight, self.rank, exact=self.exact)
         return {

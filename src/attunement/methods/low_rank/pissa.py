@@ -4,6 +4,7 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
+from attunement.ahead import ahead
 from attunement.fields import Rank
 from attunement.method import Tensors, WeightMethod, fixed, register, seeded
 from attunement.methods._low_rank import moved, scale
@@ -35,6 +36,7 @@ class PiSSA(WeightMethod):
     rank_stabilised: bool = False
     exact: bool = False
 
+    @ahead()
     def tensors(self, site: Site) -> Tensors:
         s = scale(self.rank, self.alpha, self.rank_stabilised)
         B, A = self.start(site, float(s))

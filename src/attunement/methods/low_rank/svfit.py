@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from attunement.ahead import ahead
 from attunement.fields import Rank
 from attunement.method import Tensors, WeightMethod, register, seeded
 from attunement.site import Site
@@ -26,6 +27,7 @@ class SVFit(WeightMethod):
 
     rank: Rank | None = None
 
+    @ahead()
     def tensors(self, site: Site) -> Tensors:
         U, sigma, Vh = singular(site.weight, self.rank or min(site.outputs, site.inputs))
         return {

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from attunement.ahead import ahead
 from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, fixed, register, seeded
 from attunement.methods._sharing import nth, place, written
@@ -46,6 +47,7 @@ class TinyLoRA(WeightMethod):
     def shared(self, sites: list[Site]) -> Tensors:
         return {"v": torch.zeros(self.groups(len(sites)), self.size)}  # (groups, size)
 
+    @ahead()
     def tensors(self, site: Site) -> Tensors:
         number, sites, kind = place(site), max(1, len(site.among)), fixed if self.stored else seeded
         groups = self.groups(sites)

@@ -6,6 +6,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from attunement.ahead import ahead
 from attunement.errors import AttunementError
 from attunement.method import Tensors, WeightMethod, fixed, register, seeded
 from attunement.site import Site
@@ -66,6 +67,7 @@ class CLOVER(WeightMethod):
             return f"a {site.outputs} x {site.inputs} matrix has no heads of {d} rows with a basis each"
         return self.no_pair(site) if self.frame == "pair" else None
 
+    @ahead()
     def tensors(self, site: Site) -> Tensors:
         R = _triangle(site, _heads(site, self.rows(site)).mT)  # (heads, d, d)
         eye = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
+from attunement.ahead import ahead
 from attunement.method import Tensors, WeightMethod, register, seeded
 from attunement.site import Site
 from attunement.subspace import decomposed
@@ -36,6 +37,7 @@ class OSF(WeightMethod):
 
     frozen: PositiveInt | Annotated[float, Field(gt=0, lt=1)] = 0.5
 
+    @ahead()
     def tensors(self, site: Site) -> Tensors:
         k, rows = self.kept(site), torch.contiguous_format
         U, S, Vh = (M.contiguous() for M in decomposed(site.weight, k))

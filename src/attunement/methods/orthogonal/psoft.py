@@ -6,6 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from attunement.ahead import ahead
 from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, register, seeded
 from attunement.methods._cayley import angles, skew, turn
@@ -38,6 +39,7 @@ class PSOFT(WeightMethod):
     dropout: Dropout = 0.0
     exact: bool = False
 
+    @ahead(unless="exact")
     def tensors(self, site: Site) -> Tensors:
         U, S, Vh = singular(site.weight, self.rank, exact=self.exact)
         ones = {"a": torch.ones(self.rank), "b": torch.ones(self.rank)} if self.magnitudes else {}  # (rank,)
