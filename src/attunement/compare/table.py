@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -64,7 +65,7 @@ MEASURES = (
     Measure("saved_bytes", "Saved", "Bytes of the saved adapter.", "bytes"),
     Measure("inference", "Inference", "Time of a forward pass over the bare model's.", "ratio"),
     Measure("inference_merged", "Inference merged", "The same once merged; empty where it cannot be merged.", "ratio"),
-    Measure("seconds", "Seconds", "Of a whole final run.", "seconds"),
+    Measure("seconds", "Seconds", "Of a whole final run, the median.", "seconds"),
     Measure("rate", "Learning rate", "The rate that the search chose.", "rate"),
 )
 COSTS = ("backward_bytes", "peak_memory", "step", "trainable")
@@ -211,13 +212,21 @@ def _row(task: str, parts: list[str], trials: Sequence[Trial]) -> Row:
     for measure in MEASURES:
         found = _values(done, measure.key)
         if found and {part for part, _ in found} == set(parts):  # a mean over some of the tasks would be of others
-            values[measure.key] = estimate(found).within(*_bounds(measure, metrics))
+            typical = _typical(found) if measure.key == "seconds" else estimate(found)
+            values[measure.key] = typical.within(*_bounds(measure, metrics))
     if task == ALL:
         values.pop("rate", None)
     first = (final or trials)[0]
     lost = [trial.error for trial in trials if trial.state in ("failed", "diverged")]
     error = next(filter(None, lost), "")
     return Row(task, first.label, first.method, first.recipe, " and ".join(metrics), values, states, len(lost), error)
+
+
+def _typical(found: Mapping[tuple[str, int], float]) -> Estimate:
+    """The median over seeds, its mean over tasks: one run may have stood still while its machine slept."""
+    parts = dict.fromkeys(part for part, _ in found)
+    each = [statistics.median(value for (task, _), value in found.items() if task == part) for part in parts]
+    return Estimate(statistics.fmean(each), None, None, len(found))
 
 
 def _bounds(measure: Measure, metrics: Sequence[str]) -> tuple[float, float]:
