@@ -94,8 +94,8 @@ def _study(one: dict[str, Any]) -> Study:
 
 
 def _short(value: Any) -> Any:
-    """Six figures are enough to advise."""
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    """Nine figures: means are compared to six, and those of rounded values should be equal where the means are."""
+    return float(f"{value:.9g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":
