@@ -21,7 +21,7 @@ MARKED = [
     if any(hasattr(getattr(at.method(name), one), "ahead") for one in dir(at.method(name)))
 ]
 """Methods of which something is marked."""
-ROPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
+LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_values_are_those_of_one_core_to_the_bit(name: str) -> None:
     from transformers import LlamaConfig, LlamaModel
 
     torch.manual_seed(0)
-    model = LlamaModel(LlamaConfig(**ROPE))
+    model = LlamaModel(LlamaConfig(**LLAMA))
     method = at.method(name)
     options: dict[str, Any] = {"rank": 4} if "rank" in method.__dataclass_fields__ else {}
     found = []
