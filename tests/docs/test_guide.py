@@ -23,3 +23,9 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
 def test_every_page_of_the_guide_is_in_the_navigation():
     named = (ROOT / "docs" / "pages.py").read_text(encoding="utf-8")
     assert [page.stem for page in PAGES if f"guide/{page.name}" not in named] == []
+
+
+@pytest.mark.parametrize("page", [ROOT / "docs" / "index.md", *PAGES], ids=lambda page: page.stem)
+def test_links_lead_to_files_of_the_repository(page):
+    found = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    assert [link for link in found if "://" not in link and not (page.parent / link).exists()] == []

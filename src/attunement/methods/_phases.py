@@ -1,20 +1,15 @@
 """What methods with several phases share: what stands beside them goes on, and which entries have changed most."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from attunement.adapter import Adapter
 from attunement.errors import AttunementError
 from attunement.method import Method, Tagged, Tensors, fixed
 from attunement.methods._entries import integer, largest
+from attunement.part import Part
 from attunement.site import Site, whole
-
-if TYPE_CHECKING:
-    from attunement.adapter import Adapter
-    from attunement.part import Part
 
 
 def others_go_on(adapter: Adapter, parts: Sequence[Part]) -> dict[Site, tuple[Method, Tensors]]:

@@ -1,19 +1,14 @@
 """What methods that follow a schedule share: its length, seeded draws, running averages, the blocks that take turns."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from attunement.adapter import Adapter
 from attunement.errors import AttunementError
+from attunement.part import Part
 from attunement.site import Site
-
-if TYPE_CHECKING:
-    from attunement.adapter import Adapter
-    from attunement.part import Part
 
 Block = tuple[str, int]
 

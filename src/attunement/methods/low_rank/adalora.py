@@ -1,24 +1,20 @@
 """AdaLoRA: a change in the form of an SVD, from which training takes ranks away where they matter least."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
+from attunement.adapter import Adapter
 from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, fixed, register, running, seeded
 from attunement.methods._schedule import after_backward, average, orthogonality, span
+from attunement.part import Part
 from attunement.site import Site, put, whole
-
-if TYPE_CHECKING:
-    from attunement.adapter import Adapter
-    from attunement.part import Part
 
 Decay = Annotated[float, Field(gt=0, lt=1)]
 

@@ -1,24 +1,19 @@
 """ASLoRA: one A for all layers, and B that layers come to share while they train."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from attunement.adapter import Adapter
 from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, fixed, kaiming, register
 from attunement.methods._low_rank import scale
 from attunement.methods._schedule import span
 from attunement.methods._sharing import copies, kinds, lot, nth, role, written
+from attunement.part import Part
 from attunement.site import Site, put, whole
-
-if TYPE_CHECKING:
-    from attunement.adapter import Adapter
-    from attunement.part import Part
 
 
 @register("low_rank/as_lora", source="https://arxiv.org/abs/2412.10135", placement="attention.{query,value}")

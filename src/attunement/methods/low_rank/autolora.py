@@ -1,25 +1,21 @@
 """AutoLoRA: LoRA whose rank at each matrix is learned on a second stream of data, and which is then trained anew."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
+from attunement.adapter import Adapter
 from attunement.errors import AttunementError
 from attunement.fields import Dropout, Rank
 from attunement.method import Method, Tensors, WeightMethod, fixed, kaiming, register, running
 from attunement.methods._low_rank import scale
 from attunement.methods._schedule import agreed
 from attunement.methods.low_rank.lora import LoRA
+from attunement.part import Part
 from attunement.site import Site
-
-if TYPE_CHECKING:
-    from attunement.adapter import Adapter
-    from attunement.part import Part
 
 
 @register("low_rank/autolora", source="https://arxiv.org/abs/2403.09113", placement="attention.{query,value}")

@@ -1,25 +1,21 @@
 """Flexora: LoRA in the layers that a second stream of data chooses."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from attunement.adapter import Adapter
 from attunement.errors import AttunementError
 from attunement.fields import Dropout, Rank
 from attunement.method import Method, Tensors, WeightMethod, fixed, kaiming, register, running
 from attunement.methods._low_rank import scale
 from attunement.methods._schedule import agreed
 from attunement.methods.low_rank.lora import LoRA
+from attunement.part import Part
 from attunement.site import Site
-
-if TYPE_CHECKING:
-    from attunement.adapter import Adapter
-    from attunement.part import Part
 
 
 @register("low_rank/flexora", source="https://arxiv.org/abs/2408.10774", placement="attention.{query,value}")

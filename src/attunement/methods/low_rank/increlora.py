@@ -1,25 +1,21 @@
 """IncreLoRA: ranks that grow during training at the matrices that matter most."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
+from attunement.adapter import Adapter
 from attunement.errors import AttunementError
 from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, fixed, register, running, seeded
 from attunement.methods._schedule import agreed, average, orthogonality, span
+from attunement.part import Part
 from attunement.site import Site, put, whole
-
-if TYPE_CHECKING:
-    from attunement.adapter import Adapter
-    from attunement.part import Part
 
 Decay = Annotated[float, Field(gt=0, lt=1)]
 ADVANCE = 1e-5  # the value of a direction in reserve

@@ -1,9 +1,5 @@
 """LoRA-FA: LoRA whose first factor stays as it was drawn, so that training keeps no input of the layer."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from pydantic import NonNegativeInt, PositiveFloat
 from torch import Tensor
@@ -12,10 +8,8 @@ from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, fixed, kaiming, register, seeded
 from attunement.methods._low_rank import scale
 from attunement.methods._sharing import own
+from attunement.part import Part
 from attunement.site import Site
-
-if TYPE_CHECKING:
-    from attunement.part import Part
 
 
 @register("low_rank/lora_fa", source="https://arxiv.org/abs/2308.03303", placement="attention.{query,value}")

@@ -1,22 +1,17 @@
 """TriAdaptLoRA: triangular factors whose ranks grow where the change is largest."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from attunement.adapter import Adapter
 from attunement.fields import Dropout, Rank
 from attunement.method import Tensors, WeightMethod, fixed, register
 from attunement.methods._schedule import agreed, span
+from attunement.part import Part
 from attunement.site import Site
-
-if TYPE_CHECKING:
-    from attunement.adapter import Adapter
-    from attunement.part import Part
 
 
 @register("low_rank/triadaptlora", source="https://arxiv.org/abs/2501.08008", placement="attention.*|mlp.*")

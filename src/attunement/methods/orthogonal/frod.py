@@ -1,9 +1,7 @@
 """FRoD: a change of full rank in a basis that all layers of a role share, along it and between a few of its directions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,10 +10,8 @@ from torch import Tensor
 
 from attunement.method import Tensors, WeightMethod, fixed, register, seeded
 from attunement.methods._sharing import kinds, lot, place, role, written
+from attunement.part import Part
 from attunement.site import Site, whole
-
-if TYPE_CHECKING:
-    from attunement.part import Part
 
 _inverses: WeakKeyDictionary[Site, Tensor] = WeakKeyDictionary()
 """What `shared` has found for `tensors`: the inverse of V for each of its sites."""

@@ -1,23 +1,19 @@
 """OFT: what enters a layer, rotated block by block."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
+from attunement.adapter import Adapter
 from attunement.fields import Block
 from attunement.method import Tensors, WeightMethod, register
 from attunement.methods._cayley import angles, skew, turn, turned
+from attunement.part import Part
 from attunement.site import Site
-
-if TYPE_CHECKING:
-    from attunement.adapter import Adapter
-    from attunement.part import Part
 
 
 @register("orthogonal/oft", source="https://arxiv.org/abs/2306.07280", placement="attention.{query,value}")

@@ -1,8 +1,6 @@
 """OSF: the large singular directions of a weight stay, the others learn beside them."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 from pydantic import Field, PositiveInt
@@ -10,11 +8,9 @@ from torch import Tensor
 
 from attunement.ahead import ahead
 from attunement.method import Tensors, WeightMethod, register, seeded
+from attunement.part import Part
 from attunement.site import Site
 from attunement.subspace import decomposed
-
-if TYPE_CHECKING:
-    from attunement.part import Part
 
 
 @register("orthogonal/osf", source="https://arxiv.org/abs/2504.07097", placement="attention.*|mlp.*")

@@ -1,24 +1,20 @@
 """TaRot: attention heads turned by a few angles that are searched for, without gradients, on a handful of examples."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from attunement.adapter import Adapter
 from attunement.errors import AttunementError
 from attunement.method import Tensors, WeightMethod, register, running
 from attunement.methods._schedule import agreed, drawn
+from attunement.part import Part
 from attunement.site import Site
-
-if TYPE_CHECKING:
-    from attunement.adapter import Adapter
-    from attunement.part import Part
 
 
 @register("orthogonal/tarot", source="https://arxiv.org/abs/2410.04277", placement="blocks[:16].attention.output")

@@ -1,20 +1,16 @@
 """Cartridge: the keys and values of a long text, trained into a few."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from attunement.adapter import Adapter
 from attunement.errors import AttunementError
 from attunement.method import Tagged, Tensors, fixed, register
 from attunement.methods.prompts.prefix import Prefix
 from attunement.site import put
-
-if TYPE_CHECKING:
-    from attunement.adapter import Adapter
 
 
 @register("prompts/cartridge", source="https://arxiv.org/abs/2506.06266")

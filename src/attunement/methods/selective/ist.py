@@ -1,26 +1,22 @@
 """IST: LoRA in which blocks take turns, the important ones oftener."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from attunement.adapter import Adapter
 from attunement.errors import AttunementError
 from attunement.fields import Share
 from attunement.method import Tensors, register, running
 from attunement.methods._schedule import Block, agreed, blocks_of, drawn, rest_all_but
 from attunement.methods.low_rank.lora import LoRA
+from attunement.part import Part
 from attunement.site import Site
-
-if TYPE_CHECKING:
-    from attunement.adapter import Adapter
-    from attunement.part import Part
 
 
 @register(

@@ -1,21 +1,16 @@
 """LISA: full fine-tuning in which blocks take turns."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from attunement.adapter import Adapter
 from attunement.method import ParameterMethod, Tensors, register
 from attunement.methods._schedule import blocks_of, drawn, rest_all_but
+from attunement.part import Part
 from attunement.site import Site
-
-if TYPE_CHECKING:
-    from attunement.adapter import Adapter
-    from attunement.part import Part
 
 
 @register("selective/lisa", source="https://arxiv.org/abs/2403.17919")

@@ -1,26 +1,22 @@
 """Diff pruning: a change of every parameter, which a differentiable L0 penalty makes sparse."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from attunement.adapter import Adapter
 from attunement.fields import Share
 from attunement.method import Method, ParameterMethod, Tagged, Tensors, register, running
 from attunement.methods._entries import bare, scattered
 from attunement.methods._phases import entries_of, most_changed, others_go_on
 from attunement.methods._schedule import drawn
+from attunement.part import Part
 from attunement.site import Site, whole
-
-if TYPE_CHECKING:
-    from attunement.adapter import Adapter
-    from attunement.part import Part
 
 
 @register("sparse/diff_pruning", source="https://arxiv.org/abs/2012.07463")

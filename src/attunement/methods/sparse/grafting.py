@@ -1,26 +1,22 @@
 """Grafting: after a full fine-tuning, a mask is learned over its changes that keeps those which matter."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from attunement.adapter import Adapter
 from attunement.errors import AttunementError
 from attunement.fields import Share
 from attunement.method import Method, ParameterMethod, Tensors, fixed, register
 from attunement.methods._entries import integer, scattered
 from attunement.methods._phases import entries_of, most_changed, others_go_on
 from attunement.methods._schedule import drawn
+from attunement.part import Part
 from attunement.site import Site, whole
-
-if TYPE_CHECKING:
-    from attunement.adapter import Adapter
-    from attunement.part import Part
 
 
 @register("sparse/grafting", source="https://arxiv.org/abs/2302.06600", placement="blocks")

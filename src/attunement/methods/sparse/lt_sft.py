@@ -1,24 +1,19 @@
 """LT-SFT: full fine-tuning finds the parameters that change most; then those alone are trained, from the start."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
+from attunement.adapter import Adapter
 from attunement.errors import AttunementError
 from attunement.fields import Share
 from attunement.method import Method, ParameterMethod, Tensors, fixed, register
 from attunement.methods._entries import bare, integer, scattered
+from attunement.part import Part
 from attunement.site import Site, whole
-
-if TYPE_CHECKING:
-    from attunement.adapter import Adapter
-    from attunement.part import Part
 
 
 @register(

@@ -1,24 +1,20 @@
 """R-AMT: binary masks over attention weights, learned without forgetting what the model does."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
+from attunement.adapter import Adapter
 from attunement.errors import AttunementError
 from attunement.method import Method, Tensors, WeightMethod, fixed, register
 from attunement.methods._phases import others_go_on
 from attunement.methods._schedule import agreed, drawn
+from attunement.part import Part
 from attunement.site import Site
-
-if TYPE_CHECKING:
-    from attunement.adapter import Adapter
-    from attunement.part import Part
 
 
 @register("sparse/r_amt", source="https://arxiv.org/abs/2307.15049", placement="attention.*")

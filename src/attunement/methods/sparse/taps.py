@@ -1,23 +1,19 @@
 """TAPS: every layer has a change of its own, and a gate that learns whether it is used."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
+from attunement.adapter import Adapter
 from attunement.errors import AttunementError
 from attunement.method import Method, Tensors, WeightMethod, fixed, register, seeded
 from attunement.methods._phases import others_go_on
+from attunement.part import Part
 from attunement.site import Site
-
-if TYPE_CHECKING:
-    from attunement.adapter import Adapter
-    from attunement.part import Part
 
 
 @register("sparse/taps", source="https://arxiv.org/abs/2203.16708", placement="attention.*|mlp.*|conv")
