@@ -226,7 +226,6 @@ function pareto(key) {
 function curves(column, title, unit) {
   const now = task(), rows = now.rows.filter((row) => row.curve.some((mark) => mark[column] != null));
   const figure = el("figure", { "data-curve": title }, el("figcaption", {}, title, el("small", {}, "")));
-  if (!rows.some((row) => row.curve.filter((mark) => mark[column] != null).length > 1)) return null; // a point is no curve
   const host = $("learning"), columns = getComputedStyle(host).gridTemplateColumns.split(" ");
   const width = Math.floor(parseFloat(columns[0])) || room(host), height = 320;
   const marks = rows.map((row) => row.curve.filter((mark) => mark[column] != null).map((mark) => [mark[0], mark[column]]));
@@ -408,7 +407,10 @@ function draw() {
   document.querySelectorAll(".task").forEach((title) => { title.hidden = true; });
   const focused = document.activeElement?.dataset?.label, within = document.activeElement?.closest?.("figure")?.dataset.cost;
   $("pareto").replaceChildren(...data.costs.map(pareto));
-  const drawn = now.all ? [] : [curves(2, plain(now.metric).replace(/^./, (c) => c.toUpperCase()), now.unit), curves(1, "Training loss", "number")].filter(Boolean);
+  const kinds = now.all ? [] : [[2, plain(now.metric).replace(/^./, (c) => c.toUpperCase()), now.unit], [1, "Training loss", "number"]]
+    .filter(([column]) => now.rows.some((row) => row.curve.filter((mark) => mark[column] != null).length > 1)); // a point is no curve
+  $("learning").classList.toggle("lone", kinds.length === 1);
+  const drawn = kinds.map((kind) => curves(...kind));
   $("learning").replaceChildren(...drawn);
   if (!drawn.length) $("learning").append(el("p", { class: "note" }, now.all ? "Choose one task above to see its learning curves." : "No learning curves were kept."));
   sensitivity();
