@@ -19,6 +19,7 @@ from attunement.site import put, whole
 if TYPE_CHECKING:
     from os import PathLike
 
+    from attunement.merging import Merged
     from attunement.summary import Summary
 
 
@@ -48,7 +49,7 @@ class Adapter:
         for part in self.parts:
             part.given = self._given
         self._trainable = True
-        self._merged: list[tuple[Part, str, Tensor | None, bool]] | None = None  # what `unmerge` puts back
+        self._merged: list[Merged] | None = None  # what `unmerge` puts back
         self._fingerprint: dict[str, Any] | None = None  # of the base before any merge, while one is in place
         self._untied = False  # whether its merge changed the model's config
         self._merged_at = 0  # counts merges on this model, so that they come off in order
@@ -258,6 +259,11 @@ class Adapter:
         """Whether its change stands in the base's weights at present."""
         return self._merged is not None
 
+    @property
+    def _restorable(self) -> bool:
+        """Whether it is merged, with copies of the weights before."""
+        return self._merged is not None and all(one.keep for one in self._merged)
+
     def merge(self, *, keep: bool = True, partial: bool = False, untie: bool = False) -> None:
         """Write the change into the base's weights, computed in float32 (float64 over float64) and rounded once.
 
@@ -267,7 +273,8 @@ class Adapter:
             untie: give a tied weight its own copy first; without it, merging into a tied weight is refused.
 
         Raises:
-            AttunementError: where a part cannot be merged, is not finite, or the base is quantised or tied.
+            AttunementError: where a part cannot be merged, is not finite, or the base is quantised or tied; for good on top
+                of another adapter that can be unmerged.
         """
         from attunement.merging import merge
 
@@ -368,10 +375,11 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     An adapter merged with a copy is unmerged first; one merged with `keep=False` leaves its change in the weights.
     """
     bench = bench_of(model)
-    names = list(reversed(bench.adapters)) if name is None else [name]
+    latest = sorted(bench.adapters, key=lambda one: bench.adapters[one]._merged_at)[::-1]
+    names = latest if name is None else [name]
     for one in names:
         checked(one, bench.adapters, "detach")
         adapter = bench.adapters[one]
-        if adapter.merged and all(kept for *_, kept in adapter._merged or ()):
+        if adapter._restorable:
             adapter.unmerge()
         bench.remove(adapter)

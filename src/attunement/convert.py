@@ -10,7 +10,7 @@ from torch import Tensor
 from attunement.adapter import Adapter
 from attunement.adapting import attach, build, check_name
 from attunement.errors import AttunementError
-from attunement.merging import unmergeable
+from attunement.merging import merged_at, unmergeable
 from attunement.method import method as method_named
 from attunement.method import split
 from attunement.part import Group
@@ -28,7 +28,8 @@ def to_lora(adapter: Adapter, rank: int | None = None, name: str | None = None) 
         name: by default the adapter's name with "-lora" behind it.
 
     Raises:
-        AttunementError: for a part that is no change of a weight, or a rank that is missing where no factors give one.
+        AttunementError: for a part that is no change of a weight, one that reads a weight with a merge in it, or a rank
+            that is missing where no factors give one.
     """
     lora = method_named("lora")
     model, name = adapter.model, name or f"{adapter.name}-lora"
@@ -39,6 +40,10 @@ def to_lora(adapter: Adapter, rank: int | None = None, name: str | None = None) 
             kept.append(part)
             continue
         why = None if part.additive else unmergeable(part)
+        if part.reads_weight and (beneath := merged_at(part, model)):
+            raise AttunementError(
+                f"to_lora: {part.key} is made from the weight, in which {beneath!r} is merged; unmerge it first"
+            )
         if why is not None or part.site.batch:
             raise AttunementError(f"to_lora: {part.key}: {why or 'LoRA on stacked experts is read by no server'}")
         shift = (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,16 @@ from attunement.site import NormLayout, base_of, owners_of, working_dtype
 
 if TYPE_CHECKING:
     from attunement.adapter import Adapter
+
+
+class Merged(NamedTuple):
+    """A parameter that a merge has written, and what `unmerge` puts back: the tied object itself, or a copy."""
+
+    part: Part | None
+    module: nn.Module
+    name: str
+    before: Tensor | None
+    keep: bool
 
 
 def merge(adapter: Adapter, *, keep: bool, partial: bool, untie: bool) -> None:
@@ -48,6 +59,14 @@ def merge(adapter: Adapter, *, keep: bool, partial: bool, untie: bool) -> None:
                 f"merge: {part.key} is tied to {others[0]}, which a merge would change too; untie=True gives it its own copy"
             )
         tied += [part] if others else []
+    below = next(
+        (a for a in bench.adapters.values() if a._restorable and _weights(a) & {_place(part) for part in parts}), None
+    )
+    if below is not None and not keep:
+        raise AttunementError(
+            f"merge: {below.name!r} is merged at the same weights, and unmerging it would take out what is merged for good "
+            "after it; unmerge it first"
+        )
     for other in bench.adapters.values():
         other._fingerprint = fingerprint(other)
     with torch.no_grad():
@@ -55,21 +74,22 @@ def merge(adapter: Adapter, *, keep: bool, partial: bool, untie: bool) -> None:
             for name, value in _after(part):
                 if not torch.isfinite(value).all():
                     raise AttunementError(f"merge: {part.key}: the merged {name} would have values that are not finite")
-        done: list[tuple[Part, str, Tensor | None, bool]] = []
+        done: list[Merged] = []
         for part in parts:
             module = part.site.module
             for name, value in _after(part):
                 own = module._parameters[name]
                 if own is None or (part in tied and name == part.site.parameter):
                     # a tied weight's own object comes back with `unmerge`, and with it the tie
-                    done.append((part, name, own if keep else None, keep))
+                    done.append(Merged(part, module, name, own if keep else None, keep))
                     module._parameters[name] = nn.Parameter(value, requires_grad=False)
                 else:
-                    done.append((part, name, own.detach().to("cpu", copy=True) if keep else None, keep))
+                    done.append(Merged(part, module, name, own.detach().to("cpu", copy=True) if keep else None, keep))
                     own.data.copy_(value)
         if tied and getattr(config := getattr(adapter.model, "config", None), "tie_word_embeddings", False):
             config.tie_word_embeddings = False  # type: ignore[union-attr]
             adapter._untied = True
+            done += _apart(owners, keep)
         adapter._merged = done
         adapter._merged_at = 1 + max(a._merged_at for a in bench.adapters.values())
     bench.use(bench.active)
@@ -79,20 +99,17 @@ def unmerge(adapter: Adapter) -> None:
     """See `Adapter.unmerge`."""
     if adapter._merged is None:
         raise AttunementError(f"unmerge: adapter {adapter.name!r} is not merged")
-    if not all(keep for *_, keep in adapter._merged):
+    if not adapter._restorable:
         raise AttunementError(f"unmerge: adapter {adapter.name!r} was merged with keep=False; load the base again")
     bench = bench_of(adapter.model)
-    mine = {(id(part.site.module), name) for part, name, _, _ in adapter._merged}
-    order = [a for a in bench.adapters.values() if a._merged is not None]
-    for other in order:
+    for other in bench.adapters.values():
         later = other is not adapter and other._merged_at > adapter._merged_at
-        if later and mine & {(id(part.site.module), name) for part, name, _, _ in other._merged or ()}:
+        if later and _weights(adapter) & _weights(other):
             raise AttunementError(
                 f"unmerge: {other.name!r} was merged after {adapter.name!r} at the same weights; unmerge it first"
             )
     with torch.no_grad():
-        for part, name, before, _ in reversed(adapter._merged):
-            module = part.site.module
+        for _, module, name, before, _ in reversed(adapter._merged):
             if before is None or isinstance(before, nn.Parameter):
                 module._parameters[name] = before
             else:
@@ -104,6 +121,33 @@ def unmerge(adapter: Adapter) -> None:
         for other in bench.adapters.values():
             other._fingerprint = None
     bench.use(bench.active)
+
+
+def merged_at(part: Part, model: nn.Module) -> str | None:
+    """An adapter that is merged into the weight of a part, the last one."""
+    those = [a for a in bench_of(model).adapters.values() if _place(part) in _weights(a)]
+    return max(those, key=lambda a: a._merged_at).name if those else None
+
+
+def _weights(adapter: Adapter) -> set[tuple[int, str]]:
+    """Where it is merged."""
+    return {(id(module), name) for _, module, name, *_ in adapter._merged or ()}
+
+
+def _place(part: Part) -> tuple[int, str]:
+    return id(part.site.module), part.site.parameter or ""
+
+
+def _apart(owners: Mapping[int, Sequence[tuple[str, nn.Module, str]]], keep: bool) -> list[Merged]:
+    """Give what is still tied copies of its own: transformers reads a model that says it ties nothing name by name."""
+    done = []
+    for _, *rest in owners.values():
+        for _, module, name in rest:
+            own: Tensor = module._parameters[name]  # type: ignore[assignment]
+            if sum(m._parameters[n] is own for _, m, n in owners.get(id(own), ())) > 1:
+                module._parameters[name] = nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
+                done.append(Merged(None, module, name, own if keep else None, keep))
+    return done
 
 
 def unmergeable(part: Part) -> str | None:

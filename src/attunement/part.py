@@ -237,7 +237,8 @@ class Part:
         return torch.func.vmap(function, in_dims=(0, dims))(W, values)
 
     def dropped(self, x: Tensor, training: bool) -> Tensor:
-        return F.dropout(x, self.dropout) if training and self.dropout else x
+        wanted = training and self.dropout and x.is_floating_point()  # an embedding's tokens are no values
+        return F.dropout(x, self.dropout) if wanted else x
 
     def placed(self, z: Tensor, width: int) -> Tensor:
         """The output of some rows (..., size) at its place in the output of the whole matrix (..., width)."""

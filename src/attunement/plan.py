@@ -154,10 +154,10 @@ class Plan:
         return dense.to(working_dtype(dense))
 
     def _last(self, t: Tensor) -> Tensor:
-        return t if self.channels == -1 else t.movedim(1, -1)
+        return t if self.channels == -1 else t.movedim(self.channels, -1)
 
     def _back(self, t: Tensor) -> Tensor:
-        return t if self.channels == -1 else t.movedim(-1, 1)
+        return t if self.channels == -1 else t.movedim(-1, self.channels)
 
     def _left(self, x: Any, y: Any) -> Tensor:
         if not isinstance(y, Tensor):
@@ -246,7 +246,7 @@ def plan_of(module: nn.Module, active: Active, held: Mapping[str, Sequence[Actin
             if level == "weight" and hasattr(part.method, "bias") and site.bias in module._parameters:
                 entries.setdefault(site.bias, {}).setdefault(name, []).append((part, "bias"))
             if site.layout is not PLAIN:
-                plan.layout, plan.channels = site.layout, site.layout.channels
+                plan.layout, plan.channels = site.layout, site.layout.axis(module)
             plan.once |= level == "weight" and bool(site.batch)
         elif does not in ("tap", "hear"):
             entries.setdefault(does, {}).setdefault(name, []).append((part, does))

@@ -55,8 +55,9 @@ class Bench:
                 for word, parameter in module._parameters.items():
                     if parameter is not None:
                         self.frozen.setdefault(f"{path}.{word}" if path else word, parameter.requires_grad)
-                        if parameter.requires_grad:
-                            parameter.requires_grad_(False)
+            for parameter in self.model.parameters():  # after all were asked: a tied one stands under several names
+                if parameter.requires_grad:
+                    parameter.requires_grad_(False)
         for number, group in enumerate(adapter.groups_):
             if group.shared is not None:  # a Sequential or a list would run or count it
                 listing = isinstance(self.model, (nn.Sequential, nn.ModuleList, nn.ModuleDict))

@@ -33,6 +33,10 @@ class Layout:
     beside_only = False
     """The weight cannot be replaced (it is quantised): only additive changes, run beside the layer."""
 
+    def axis(self, module: Any) -> int:
+        """Where the output of this module has its channels, with a batch and without one."""
+        return self.channels
+
     def matrix(self, parameter: Tensor) -> Tensor:
         """The parameter as (..., out, in): a view."""
         return parameter
@@ -104,6 +108,9 @@ class ConvLayout(Layout):
     """Conv1d-3d: the weight (out, in/groups, *kernel) as (out, in/groups * kernel)."""
 
     channels = 1
+
+    def axis(self, module: Any) -> int:
+        return -1 - len(module.kernel_size)
 
     def matrix(self, parameter: Tensor) -> Tensor:
         return parameter.flatten(1)
@@ -256,6 +263,8 @@ def layout_of(module: nn.Module, parameter: str, transposed: bool = False) -> La
         return f"{cls.__name__} has no {parameter!r} of its own"
     if base_of(cls).__module__.startswith("bitsandbytes."):
         return QUANTISED
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return f"{cls.__name__} is a layer type whose weight is not known as a matrix"
     if (parameter != "weight" or value.dim() == 3) and not isinstance(module, nn.Conv1d):
         if value.dim() not in (2, 3):
             return f"{parameter!r} of {cls.__name__} has {value.dim()} dimensions, which is no matrix"

@@ -278,3 +278,39 @@ def test_a_quantised_model_from_transformers(bits, tmp_path):
     assert torch.equal(logits(model, ids()), bare)
     at.load(model, tmp_path / "adapter")
     assert torch.equal(logits(model, ids()), out)
+
+
+def bert_mlm():
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertForMaskedLM(BertConfig(**sizes, vocab_size=37)).eval()
+    torch.nn.init.normal_(model.cls.predictions.bias)  # as any pretrained one has it
+    return model
+
+
+def test_an_untied_model_is_written_whole(tmp_path):
+    model = bert_mlm()
+    state = base_state(model)
+    head = model.cls.predictions
+    adapter = perturb(at.adapt(model, at.LoRA(rank=2), on="embedding"), scale=0.3)
+    out = logits(model, ids())
+    adapter.merge(untie=True)
+    assert head.decoder.bias is not head.bias, "the ties of other parameters go with the config's"
+    adapter.unmerge()
+    assert head.decoder.bias is head.bias
+    assert same_bits(base_state(model), state)
+    adapter.merge(untie=True, keep=False)
+    adapter.detach()
+    model.save_pretrained(tmp_path)
+    assert close(logits(type(model).from_pretrained(tmp_path).eval(), ids()), out)
+
+
+@pytest.mark.parametrize("make", ["llama", "gpt2"])
+def test_a_tied_weight_wants_gradients_again_under_both_names(make):
+    model = MAKE[make]()
+    adapter = at.adapt(model, {name_of(model, both(model)[0]): at.LoRA(rank=2)})
+    adapter.merge(untie=True, keep=False)
+    adapter.detach()
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == []

@@ -59,3 +59,14 @@ def test_dropout_stays_on_the_input_of_the_change_alone() -> None:
     assert not torch.equal(net(x), net(x))
     net.eval()
     assert torch.equal(net(x), net(x))
+
+
+def test_an_embedding_looks_up_whole_tokens_whatever_the_dropout() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4)).double().train()
+    adapter = at.adapt(model, at.LoRA(rank=2, dropout=0.5), on="0")
+    for parameter in adapter.parameters():
+        parameter.data += torch.randn_like(parameter)
+    tokens = torch.arange(7)
+    out = model(tokens)
+    assert torch.equal(out, model.eval()(tokens))

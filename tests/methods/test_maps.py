@@ -48,3 +48,23 @@ def test_what_leaves_a_block_of_convolutions_is_changed_channel_by_channel(resne
 def test_what_needs_tokens_is_refused(resnet, method, on, words):
     with pytest.raises(at.AttunementError, match=words):
         at.adapt(resnet, method, on=on)
+
+
+@pytest.mark.parametrize(("make", "shape"), [(torch.nn.Conv1d, (3, 5)), (torch.nn.Conv2d, (3, 5, 5))])
+@pytest.mark.parametrize("method", [at.SSF(), at.LoRA(rank=2), at.IA3(side="output")], ids=repr)
+def test_a_convolution_of_one_image_without_a_batch(make, shape, method):
+    model = torch.nn.Sequential(make(3, 5, 3, padding=1)).double()  # as many channels as points in a row
+    adapter = at.adapt(model, method, on="0")
+    for parameter in adapter.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    x = torch.randn(2, *shape, dtype=torch.float64)
+    torch.testing.assert_close(model(x[0]), model(x)[0])
+    wanted = model(x[0])
+    adapter.merge()
+    torch.testing.assert_close(model(x[0]), wanted)
+
+
+@pytest.mark.parametrize("make", [torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d])
+def test_a_transposed_convolution_is_refused(make):
+    with pytest.raises(at.AttunementError, match=f"{make.__name__} is a layer type whose weight is not known"):
+        at.adapt(torch.nn.Sequential(make(4, 4, 3)), at.LoRA(rank=2), on="0")

@@ -155,6 +155,10 @@ def test_merging():
     refused(model, adapter.unmerge, "keep=False")
     bottleneck = at.adapt(model, at.Bottleneck(size=2), name="b")
     refused(model, bottleneck.merge, "Bottleneck", "partial=True")
+    model = make()
+    below, above = (at.adapt(model, at.LoRA(rank=2), on="attention.query", name=name) for name in "ab")
+    below.merge()
+    refused(model, lambda: above.merge(keep=False), "'a' is merged at the same weights", "unmerge it first")
 
 
 @pytest.fixture

@@ -70,3 +70,22 @@ def test_what_lora_cannot_be(model):
     with pytest.raises(at.AttunementError, match="Bottleneck"):
         at.to_lora(bottleneck, rank=2)
     assert list(at.adapters(model)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("method", [at.DoRA(rank=2), at.HiRA(rank=2), at.IA3(side="output")], ids=repr)
+def test_what_reads_the_weight_is_refused_while_something_is_merged_there(model, method):
+    adapter = perturbed(at.adapt(model, {"0": method}, name="a"))
+    adapter.merge()
+    with pytest.raises(at.AttunementError, match="'a' is merged; unmerge it first"):
+        at.to_lora(adapter, rank=2)
+    assert list(at.adapters(model)) == ["a"]
+
+
+def test_lora_converts_while_merged(model):
+    adapter = perturbed(at.adapt(model, {"0": at.LoRA(rank=2)}, name="a"))
+    wanted = model(X)
+    adapter.merge()
+    at.to_lora(adapter)
+    adapter.unmerge()
+    at.use(model, "a-lora")
+    assert torch.allclose(model(X), wanted, atol=1e-10)
