@@ -16,7 +16,7 @@ import synthetic
 from scipy import stats
 
 import attunement as at
-from attunement.compare import findings, markup, pictures, records, report, table
+from attunement.compare import findings, markup, pictures, recommend, records, report, table
 from attunement.compare.records import Study, Trial
 from attunement.compare.table import ALL
 
@@ -477,3 +477,35 @@ def test_one_run_that_stood_still_is_not_what_a_run_takes() -> None:
         row.label: row.values["seconds"] for row in table.rows(dataclasses.replace(made, trials=tuple(trials)))["t"]
     }
     assert {label: (value.mean, value.half) for label, value in found.items()} == {"a": (31.0, None), "b": (21.0, None)}
+
+
+def test_nothing_is_said_to_keep_up_where_nothing_can_be_told(tmp_path: Path) -> None:
+    own = {"full": [0.9], "probe": [0.1], "a": [0.88]}
+    methods = {"full": "baseline/full", "probe": "baseline/probe", "a": "own/a"}
+    for seeds in (1, 3):  # of one seed, and of equal ones
+        study = simple({label: value * seeds for label, value in own.items()}, backward_bytes=1.0)
+        study = dataclasses.replace(
+            study, trials=tuple(dataclasses.replace(t, method=methods[t.label]) for t in study.trials)
+        )
+        ranked = table.rows(study)["t"]
+        assert [row.label for row in ranked if row.among_best] == ["full"]
+        found = findings.findings(study, ranked)
+        assert [one.answer for one in found] == ["Not to be told"] * 2
+        assert recommend.choices(study, {})[1][1].label == "a"
+
+
+def test_the_best_beside_an_unsteady_one_has_its_name() -> None:
+    steady, unsteady = [0.700, 0.702, 0.701], [0.55, 0.78, 0.60]
+    study = simple({"a": steady, "b": unsteady, "c": [0.1, 0.11, 0.1]})
+    first = findings.findings(study, table.rows(study)["t"])[0]
+    assert first.answer == "a"
+    assert first.sentence.startswith("a has the highest mean, 70.1 %")
+    assert "The mean lies below that interval for b" in first.sentence
+
+
+def test_names_with_signs_of_their_own_are_drawn(tmp_path: Path) -> None:
+    study = simple({"a $_$": [0.9, 0.91], "b": [0.7, 0.72]}, backward_bytes=1e6)
+    twice = tuple(dataclasses.replace(t, task=task, id=t.id + task) for t in study.trials for task in ("x y", "x-y"))
+    report.write(tmp_path, dataclasses.replace(study, trials=twice))
+    drawn = {path.name for path in (tmp_path / "pictures").glob("*-pareto.png")}
+    assert drawn == {"all-tasks-pareto.png", "x-y-pareto.png", "x-y-2-pareto.png"}

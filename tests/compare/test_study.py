@@ -58,6 +58,12 @@ def test_a_refusal_is_one_sentence(tiny: Any, changes: dict[str, Any], sentence:
     assert "\n" not in str(caught.value)
 
 
+def test_no_task_has_the_name_of_their_mean() -> None:
+    good = {"model": "m", "data": "d.csv", "task": "classification"}
+    with pytest.raises(AttunementError, match="'all tasks' is what the mean over them is called"):
+        made({"name": "s", "methods": ["lora"], "tasks": {"good": good, "all tasks": good}}, "s")
+
+
 @pytest.mark.parametrize(
     ("task", "sentence"),
     [

@@ -40,10 +40,14 @@ def findings(study: Study, rows: Sequence[Row]) -> list[Finding]:
     found.append(_quality(ranked))
     full = next((row for row in ranked if row.method == FULL), None)
     good, words = [row for row in ranked if row.among_best], "at the top"
+    told = any(row.to_best is not None and row.to_best.low is not None for row in ranked)
     if full is not None:
-        good, words = [row for row in ranked if keeps_up(row, full)], "that keep up with full fine-tuning"
+        if told := any(row.to_full is not None and row.to_full.low is not None for row in ranked):
+            good, words = [row for row in ranked if keeps_up(row, full)], "that keep up with full fine-tuning"
         found.append(_against_full(full, [row for row in ranked if row is not full]))
     good = [row for row in good if row.method != STILL]  # what adapts nothing costs nothing
+    if len(good) == 1 and not told:
+        return found  # the highest of means of which nothing can be said
     for key, title in QUESTIONS:
         if first := leaders(study, good, key)[0]:
             found.append(_least(key, title, first, good, full, words))
@@ -130,10 +134,8 @@ def _quality(ranked: Sequence[Row]) -> Finding:
         return Finding(BEST, best.label, f"{value}, better than {what}{gap}.", (best.label,))
     count = f"{behind} others" if behind else "none of the others"
     beats = f"; {best.label} is better than" if equal[1:] else f", {'and' if behind else 'but'} is better than"
-    sentence = (
-        f"{len(top)} of {len(ranked)} methods cannot be told apart at the top. {listed(equal)} {has} the highest mean, "
-        f"{value}{beats} {count}."
-    )
+    apart = f"{len(top)} of {len(ranked)} methods cannot be told apart at the top. " if top[1:] else ""
+    sentence = f"{apart}{listed(equal)} {has} the highest mean, {value}{beats} {count}."
     if unsteady:
         ends = ("means lie", "they are") if unsteady[1:] else ("mean lies", "it is")
         below_it = f"{listed(unsteady)}, and whether {ends[1]} worse is not sure: more seeds would tell"
@@ -203,6 +205,8 @@ def percent(share: float) -> str:
 def level(rows: Sequence[Row]) -> str:
     """Methods that cannot be told apart: `a, b or c`, or how many there are."""
     labels = [row.label for row in rows]
+    if len(labels) == 1:
+        return labels[0]
     return f"{len(labels)} methods level" if len(labels) > 3 else " or ".join([", ".join(labels[:-1]), labels[-1]])
 
 

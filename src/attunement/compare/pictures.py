@@ -52,6 +52,7 @@ STYLE: Any = {
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
+    "text.parse_math": False,  # a dollar in a name is a dollar
 }
 
 
@@ -59,13 +60,16 @@ def write(folder: Path, study: Study, found: Mapping[str, list[Row]]) -> list[Pa
     """Write `<task>-pareto`, and `<task>-curves` and `<task>-rates` of single tasks, each as PNG and SVG."""
     import matplotlib
 
-    written = []
+    written: list[Path] = []
+    names: list[str] = []
     numbers = families(found)
     with matplotlib.rc_context(STYLE):
         for task, rows in found.items():
             if not any(row.quality for row in rows):
                 continue
             name = re.sub(r"[^\w.-]+", "-", task).strip("-") or "task"
+            name += "" if (count := names.count(name)) == 0 else f"-{count + 1}"
+            names.append(name)
             figures = {"pareto": _pareto(study, task, rows, numbers)}
             if task != ALL:
                 figures |= {"curves": _curves(study, task, rows, numbers), "rates": _rates(study, task, rows, numbers)}

@@ -23,6 +23,8 @@ import yaml
 
 from attunement.errors import AttunementError, nearest
 
+ALL = "all tasks"
+"""The task whose values are the means over the others."""
 SETTINGS, TRIALS, CURVES = "study.yaml", "trials.csv", "curves.json"
 MISSING, PROGRESS = "missing.json", "progress.json"
 STAGES = ("search", "final")

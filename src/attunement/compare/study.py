@@ -26,6 +26,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 import attunement as at
 from attunement.choosing import names_head
+from attunement.compare.records import ALL
 from attunement.errors import AttunementError, nearest
 from attunement.train.data import Data
 from attunement.train.recipe import Recipe, Training, import_all, mapping, methods_of, named_recipes, placed
@@ -186,6 +187,8 @@ class Study(Section):
     def _whole(self) -> Study:
         if not self.tasks:
             raise ValueError("tasks: expected at least one task")
+        if ALL in self.tasks:
+            raise ValueError(f"tasks: {ALL!r} is what the mean over them is called; name the task otherwise")
         seconds(self.budget)
         entries(self)
         return self

@@ -12,12 +12,10 @@ from typing import Any
 import numpy
 import yaml
 
-from attunement.compare.records import Study, Trial
+from attunement.compare.records import ALL, Study, Trial
 from attunement.compare.statistics import Difference, Estimate, compare, estimate, front, prior
 from attunement.summary import size_of
 
-ALL = "all tasks"
-"""The task whose values are the means over the others."""
 FULL, STILL = "baseline/full", "baseline/zero-shot"
 LOWER = ("loss", "perplexity", "error", "mse", "rmse", "mae", "wer", "cer")
 FAMILIES = (
@@ -422,9 +420,9 @@ def _sure(differences: Mapping[str, Difference], row: Row) -> bool:
 
 def within(best: Row, row: Row) -> bool:
     """Whether the mean quality of a row lies within the interval of the best; where that has none, as it has from equal
-    seeds, whether that of the best lies within the row's."""
+    seeds, whether that of the best lies within the row's. Where neither has one, equal means alone are level."""
     for one, other in ((best, row), (row, best)):
         low, high = one.values["quality"].low, one.values["quality"].high
         if low is not None and high is not None:
             return low <= _mean(other, "quality") <= high
-    return True
+    return _figures(_mean(best, "quality")) == _figures(_mean(row, "quality"))
