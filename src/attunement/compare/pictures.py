@@ -229,7 +229,7 @@ def _names(axes: Any, names: Sequence[tuple[float, float, str]]) -> None:
     """Labels beside their points, each where it covers no other; left out where there is no such place."""
     from matplotlib.patheffects import withStroke
 
-    frame = axes.get_window_extent()
+    frame, right = axes.get_window_extent(), axes.figure.bbox.x1 - 2
     taken: list[Any] = []
     spots = ((6, 0, "left", "center"), (-6, 0, "right", "center"), (0, 7, "center", "bottom"), (0, -7, "center", "top"))
     for x, y, text in names:
@@ -239,7 +239,8 @@ def _names(axes: Any, names: Sequence[tuple[float, float, str]]) -> None:
             )
             note.set_path_effects([withStroke(linewidth=2.2, foreground="white")])
             box = note.get_window_extent()
-            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 + 8 and frame.y0 <= box.y0 and box.y1 <= frame.y1 + 8
+            inside = frame.x0 <= box.x0 and box.x1 <= min(frame.x1 + 8, right)
+            inside = inside and frame.y0 <= box.y0 and box.y1 <= frame.y1 + 8
             if inside and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 break
