@@ -13,11 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 import attunement as at
@@ -46,11 +49,15 @@ def bert() -> nn.Module:
     return BertForSequenceClassification(BertConfig(vocab_size=64, max_position_embeddings=32, num_labels=3, **sizes))
 
 
-def llama() -> nn.Module:
+def masked() -> nn.Module:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return BertForMaskedLM(BertConfig(vocab_size=64, **sizes))
+
+
+def llama(tied: bool = False) -> nn.Module:
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, intermediate_size=32, **heads)
-    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, tie_word_embeddings=tied, **sizes, **heads))
 
 
 def gpt2() -> nn.Module:
@@ -58,7 +65,20 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32, **tokens))
 
 
-BASES = {"bert": bert, "llama": llama, "gpt2": gpt2, "conv": Convolutional}
+def vit() -> nn.Module:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **sizes))
+
+
+BASES = {
+    "bert": bert,
+    "masked": masked,
+    "llama": llama,
+    "tied": lambda: llama(tied=True),
+    "gpt2": gpt2,
+    "conv": Convolutional,
+    "vit": vit,
+}
 
 
 def made(name: str) -> nn.Module:
@@ -75,6 +95,8 @@ def output(model: nn.Module, name: str) -> torch.Tensor:
     with torch.no_grad():
         if name == "conv":
             return model(torch.randn(2, 3, 8, 8))
+        if name == "vit":
+            return model(pixel_values=torch.randn(2, 3, 8, 8)).logits
         return model(input_ids=torch.randint(3, 64, (2, 7)), attention_mask=torch.ones(2, 7, dtype=torch.long)).logits
 
 
@@ -116,6 +138,26 @@ FROM_PEFT = {
     "lora-saved-embeddings": ("llama", lambda: peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"])),
     "lora-biases": ("bert", lambda: peft.LoraConfig(r=4, target_modules=["query"], bias="lora_only")),
     "lora-all-biases": ("bert", lambda: peft.LoraConfig(r=4, target_modules=["query"], bias="all")),
+    "lora-all-biases-and-a-head": (
+        "bert",
+        lambda: peft.LoraConfig(r=4, target_modules=["query"], bias="all", task_type="SEQ_CLS"),
+    ),
+    "lora-tied-embedding": (
+        "tied",
+        lambda: peft.LoraConfig(
+            r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
+        ),
+    ),
+    "lora-tied-head": (
+        "gpt2",
+        lambda: peft.LoraConfig(
+            r=4, target_modules=["c_attn"], modules_to_save=["lm_head"], ensure_weight_tying=True, fan_in_fan_out=True
+        ),
+    ),
+    "lora-on-what-is-tied": (
+        "tied",
+        lambda: peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
+    ),
     "lora-head": (
         "llama",
         lambda: peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"]),
@@ -491,6 +533,11 @@ TO_PEFT = {
     "tokens-beside-lora": ("llama", {**at.recipes.new_tokens(4), "attention.query": at.LoRA(rank=2)}),
     "tokens-beside-lora-tied": ("gpt2", {"transformer.wte": at.Train(rows=(43, 18)), "attention.qkv": at.LoRA(rank=2)}),
     "norms": ("bert", {"norm": at.Train()}),
+    "lora-tied-embedding": ("tied", {"attention.query": at.LoRA(rank=2), "embedding": at.Train()}),
+    "lora-tied-head": ("gpt2", {"attention.qkv": at.LoRA(rank=2), "lm_head": at.Train()}),
+    "hra-tied-embedding": ("tied", {"attention.query": at.HRA(rank=2), "embedding": at.Train()}),
+    "norms-tied-head": ("tied", {"norm": at.Train(), "lm_head": at.Train()}),
+    "lora-a-module-with-others-inside": ("vit", {"attention.query": at.LoRA(rank=2), "vit.embeddings": at.Train()}),
 }
 
 
@@ -541,6 +588,38 @@ def test_what_is_a_lora_in_the_end_is_one_to_peft(
     torch.testing.assert_close(output(base, name), expected, atol=bound, rtol=bound)
     if bound > TOLERANCE:  # what started from the weight is one of twice the rank
         assert again.count() == 2 * adapter.count()
+
+
+@pytest.mark.parametrize("ensured", [True, False], ids=["lora", "ia3"])
+def test_what_is_tied_here_is_tied_for_peft_where_it_can(ensured: bool, tmp_path: Path) -> None:
+    recipe = {"attention.query": at.LoRA(rank=2) if ensured else at.IA3(), "embedding": at.Train()}
+    _, _, theirs = written("tied", recipe, tmp_path / "out")
+    embedding, head = theirs.get_input_embeddings(), theirs.get_output_embeddings()
+    assert (embedding.weight is head.weight) == ensured
+    assert torch.equal(embedding.weight, head.weight)
+
+
+APART = {
+    "embedding": {"modules_to_save": ["embed_tokens"]},
+    "head": {"modules_to_save": ["lm_head"]},
+    "each": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "rows": {"trainable_token_indices": {"lm_head": [7, 8]}},
+    "other-rows": {"trainable_token_indices": {"embed_tokens": [7, 8], "lm_head": [3, 4]}},
+}
+
+
+@pytest.mark.parametrize("case", APART)
+def test_what_peft_trains_apart_of_a_tied_pair_needs_an_untied_base(case: str, tmp_path: Path) -> None:
+    base = made("tied")
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["q_proj"], **APART[case]))
+    disturb(parameter for parameter in theirs.parameters() if parameter.requires_grad)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(at.AttunementError, match=r"apart from .* to which this model ties it; untie them first"):
+        at.load(base, tmp_path)
+    assert at.adapters(base) == {}
+    base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
+    at.load(base, tmp_path)
+    torch.testing.assert_close(output(base, "tied"), output(theirs.eval(), "tied"), atol=TOLERANCE, rtol=TOLERANCE)
 
 
 TASKS = torch.tensor([2, 0])
@@ -645,6 +724,12 @@ def test_targets_are_the_short_list_that_servers_expect(tmp_path: Path) -> None:
         ("bert", {"attention.query": at.Sparse()}, "counts them as a rank"),
         ("conv", {"second|linear": at.DoRA(rank=2)}, "trained whole and adapted by DoRA"),
         ("bert", {"attention.output|mlp.down": at.Lily(rank=4)}, "shares by the last word"),
+        ("tied", {"attention.query|lm_head": at.LoRA(rank=2), "embedding": at.Train()}, "lm_head is trained whole and"),
+        (
+            "masked",
+            {"attention.query": at.LoRA(rank=2), "cls.predictions.decoder": at.Train()},
+            "transform.dense inside",
+        ),
     ],
 )
 def test_refuses_to_write(name: str, recipe: dict[str, at.Method], words: str, tmp_path: Path) -> None:

@@ -120,6 +120,25 @@ def test_what_is_saved_here_gives_the_same_in_peft(base, method, tmp_path):
     assert (logits(loaded, base) - expected).abs().max() < 2e-6
 
 
+@pytest.mark.parametrize(
+    ("place", "method"),
+    [("backbone", at.Prompt(3)), ("self_attention", at.LLaMAAdapter(3, gate="layer", tanh=False))],
+)
+@pytest.mark.parametrize("beside", ["norm", "embedding"])
+def test_what_is_trained_beside_a_prompt_comes_along(place, method, beside, tmp_path):
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, tie_word_embeddings=True, **SIZES))
+    ours, back = copy.deepcopy(base), copy.deepcopy(base)
+    adapter = at.adapt(ours, {place: method, beside: at.Train()})
+    for parameter in adapter.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    expected = logits(ours, llama)
+    adapter.save(tmp_path, format="peft")
+    at.load(back, tmp_path)
+    assert (logits(back, llama) - expected).abs().max() < 2e-6
+    assert (logits(peft.PeftModel.from_pretrained(base, tmp_path), llama) - expected).abs().max() < 2e-6
+
+
 @pytest.mark.parametrize("base", [llama, bert])
 def test_a_multitask_prompt_has_its_tasks_both_ways(base, tmp_path):
     torch.manual_seed(0)

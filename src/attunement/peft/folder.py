@@ -23,6 +23,7 @@ from attunement.peft.prompts import PROMPTS
 from attunement.peft.prompts import read as read_prompts
 from attunement.peft.prompts import write as write_prompts
 from attunement.peft.tokens import BESIDE, ENDING, FIELDS, TRAINABLE_TOKENS, read_rows, write_rows
+from attunement.site import owners_of
 from attunement.site import whole as gathered
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ PASSED_OVER = {
         "fan_in_fan_out",
     ),
     *("bias", "init_weights", "init_ia3_weights", "megatron_core", "qalora_group_size", "runtime_config", "eva_config"),
+    "ensure_weight_tying",
 }
+BESIDE_ITSELF = (".original_module", ".modules_to_save")  # `bias="all"` writes biases of whole modules a second time
 
 
 # --- reading ---
@@ -145,6 +148,8 @@ def read(path: str | PathLike[str], model: nn.Module) -> tuple[dict[str, Method 
             pools.setdefault(word, {})[kept] = tensor
             continue
         key = key.removeprefix(PREFIX)
+        if any(f"{word}." in key for word in BESIDE_ITSELF):
+            continue
         if key.endswith(ENDING):
             rows[key.removesuffix(ENDING).removesuffix(BESIDE)] = tensor
             continue
@@ -162,6 +167,7 @@ def read(path: str | PathLike[str], model: nn.Module) -> tuple[dict[str, Method 
                 )
             continue
         trained.setdefault(module, {})[parameter] = tensor
+    _untwinned(model, trained)
     state.update({f"shared.0.{ours}": torch.stack([rows[i] for i in sorted(rows)]) for ours, rows in stacks.items()})
     if shared and not adapted:  # all that the file has is shared: where it goes is in the configuration alone
         adapted = {name: {} for name in _targeted(config, modules)}
@@ -198,6 +204,25 @@ def read(path: str | PathLike[str], model: nn.Module) -> tuple[dict[str, Method 
     return {**recipe, "head": None}, state  # a head that the file does not have stays as it is
 
 
+def _untwinned(model: nn.Module, trained: dict[str, dict[str, Tensor]]) -> None:
+    """Keep one of the modules that share a parameter: PEFT trains a copy of each, which here is one if they are equal."""
+    for owners in owners_of(model).values():
+        found = [(path, name) for path, _, name in owners if name in trained.get(path, {})]
+        if len(owners) == 1 or not found:
+            continue
+        (path, name), *others = found
+        for other, _, word in owners:
+            if (other, word) not in found or not torch.equal(trained[other][word], trained[path][name]):
+                raise AttunementError(
+                    f"peft: the file trains {path}.{name} apart from {other}.{word}, to which this model ties it; "
+                    "untie them first"
+                )
+        for other, word in others:
+            del trained[other][word]
+            if not trained[other]:
+                del trained[other]
+
+
 # --- writing ---
 
 
@@ -231,13 +256,15 @@ def written(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     types = sorted({type(part.method).__name__ for part in parts.values()})
     if len(types) > 1:
         raise AttunementError(f"peft: PEFT keeps one method per adapter, this one has {' and '.join(types)}")
-    whole = _whole_modules(trained)
+    names = {module: name for name, module in modules.items()}
+    saved = [(part, [part.site.name, *(names[twin] for twin in part.twins)]) for part in trained]
+    whole = _whole_modules(saved, modules)
     config: dict[str, Any] = {**base, "task_type": None}
     if types:
         (format,) = kinds
         if format is None:
-            names = sorted({method.__name__ for method in FORMATS})
-            raise AttunementError(f"peft: PEFT has no {types[0]}; it has {', '.join(names)} and whole modules")
+            known = sorted({method.__name__ for method in FORMATS})
+            raise AttunementError(f"peft: PEFT has no {types[0]}; it has {', '.join(known)} and whole modules")
         if both := sorted(parts.keys() & (whole | {part.site.name for part in in_rows})):
             how = "whole" if both[0] in whole else "in rows"
             raise AttunementError(
@@ -268,8 +295,8 @@ def written(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise AttunementError(
                 f"peft: PEFT trains rows beside a LoRA or alone, and {trained[0].site.key} is trained too"
             )
-        names = [part.site.name for part in in_rows]
-        config |= {"peft_type": TRAINABLE_TOKENS, "target_modules": _targets(names, modules)}
+        embeddings = [part.site.name for part in in_rows]
+        config |= {"peft_type": TRAINABLE_TOKENS, "target_modules": _targets(embeddings, modules)}
         marker = ""
     else:
         norms = {part.site.name for part in trained if part.site.role == "norm"}
@@ -289,13 +316,25 @@ def written(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
         said, found = write_rows(in_rows, bool(types), ties)
         config |= said
         tensors.update({f"{PREFIX}{name}": value for name, value in found.items()})
-    for part in trained:
+    if config["peft_type"] == LORA.kind and any(_is_tied_head(adapter.model, part) for part in trained):
+        config["ensure_weight_tying"] = True  # it then trains them as one; other types have copies of equal values
+    for part, owners in saved:
         inner = marker if part.site.role == "norm" else ""
-        module, prefix = part.site.module, f"{PREFIX}{part.site.name}{inner}"
-        tensors[f"{prefix}.{part.site.parameter}"] = state[f"{part.key}.copy"]
-        for name in module._buffers.keys() - module._non_persistent_buffers_set:  # PEFT expects a module's whole state
-            tensors[f"{prefix}.{name}"] = own(module, name)
+        for owner in owners:
+            module, prefix = modules[owner], f"{PREFIX}{owner}{inner}"
+            copy = state[f"{part.key}.copy"]
+            tensors[f"{prefix}.{part.site.parameter}"] = copy if owner == owners[0] else copy.clone()
+            for name in module._buffers.keys() - module._non_persistent_buffers_set:  # a module's whole state
+                tensors[f"{prefix}.{name}"] = own(module, name)
     return config, tensors
+
+
+def _is_tied_head(model: nn.Module, part: Part) -> bool:
+    """Whether PEFT can tie the modules of a trained parameter: to the input embedding, and what is linear alone."""
+    if not part.twins or not hasattr(model, "get_input_embeddings"):
+        return False
+    first, owners = model.get_input_embeddings(), (part.site.module, *part.twins)  # type: ignore[operator]
+    return first in owners and all(one is first or isinstance(one, nn.Linear) for one in owners)
 
 
 def _check(part: Part, format: Format) -> None:
@@ -311,18 +350,20 @@ def _check(part: Part, format: Format) -> None:
         raise AttunementError(f"peft: {site.name} is a grouped convolution, whose adapter in PEFT spans the groups")
 
 
-def _whole_modules(trained: Iterable[Part]) -> set[str]:
-    """The modules that are trained in every parameter: PEFT saves no less."""
+def _whole_modules(saved: Iterable[tuple[Part, list[str]]], modules: Mapping[str, nn.Module]) -> set[str]:
+    """The modules that are trained in every parameter, theirs and of what is inside: PEFT saves no less."""
     found: dict[str, set[str]] = {}
-    modules: dict[str, nn.Module] = {}
-    for part in trained:
-        found.setdefault(part.site.name, set()).add(str(part.site.parameter))
-        modules[part.site.name] = part.site.module
+    for part, owners in saved:
+        for name in owners:
+            found.setdefault(name, set()).add(str(part.site.parameter))
     for name, parameters in found.items():
         named = {key for key, value in modules[name]._parameters.items() if value is not None}
         if left := sorted(named - parameters):
             raise AttunementError(f"peft: {name} is trained without its {left[0]}; PEFT saves whole modules")
-    return set(found)
+        inside = {other: module._parameters for other, module in modules.items() if other.startswith(f"{name}.")}
+        if left := [o for o, own in inside.items() if o not in found and any(p is not None for p in own.values())]:
+            raise AttunementError(f"peft: {name} is trained without {left[0]} inside it; PEFT saves whole modules")
+    return {name for name in found if not any(name.startswith(f"{other}.") for other in found)}
 
 
 # --- names ---

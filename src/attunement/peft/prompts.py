@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from attunement.anatomy import Anatomy, Place, anatomy
 from attunement.attention import AttentionSite, attention_site
-from attunement.errors import AttunementError
+from attunement.errors import AttunementError, nearest
 from attunement.method import Method
 from attunement.methods.prompts.cartridge import Cartridge
 from attunement.methods.prompts.llama_adapter import LLaMAAdapter
@@ -46,10 +46,16 @@ def read(config: Mapping[str, Any], contents: Mapping[str, Tensor], model: nn.Mo
         recipe, tensors = _read_prompt(config, contents, structure)
     heads: dict[str, None] = {}
     for key, value in contents.items():
-        found = re.fullmatch(r"base_model\.(?:model\.)?(.+)\.(weight|bias)", key)
-        if found is not None and found[1] in structure.modules:
-            heads[found[1]] = None
-            tensors[f"{found[1]}.{found[2]}.copy"] = value
+        module, _, parameter = key.removeprefix("base_model.").rpartition(".")
+        if not key.startswith("base_model.") or parameter in ("adaption_prompt", "adaption_gate"):
+            continue
+        module = module if module in structure.modules else module.removeprefix("model.")
+        if module not in structure.modules:
+            raise AttunementError(
+                f"peft: this model has no module {module!r}, which the file trains{nearest(module, structure.modules)}"
+            )
+        heads[module] = None
+        tensors[f"{module}.{parameter}.copy"] = value
     recipe |= {name: Train() for name in heads}
     if not heads and structure.task_heads:
         recipe["head"] = None
@@ -175,9 +181,10 @@ def write(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
             made = {"prompt_embeddings": parts[0].made().detach()}  # type: ignore[attr-defined]
         config |= {"peft_type": encoder, "num_virtual_tokens": method.count, "token_dim": parts[0].site.inputs}
         config |= {"num_transformer_submodules": 1, "num_layers": None, "num_attention_heads": None}
+    prefix = "base_model.model" if isinstance(method, LLaMAAdapter) else "base_model"
     for part in adapter.parts:
         if part.method.acts_on == "parameter":
-            made[f"base_model.{part.site.name}.{part.site.parameter}"] = part.tensor("copy")
+            made[f"{prefix}.{part.site.name}.{part.site.parameter}"] = part.tensor("copy")
     return config, made
 
 

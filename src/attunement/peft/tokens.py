@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from attunement.errors import AttunementError
@@ -27,15 +28,20 @@ def read_rows(config: Config, found: Mapping[str, Tensor], modules: Mapping[str,
     """
     said = config.get("token_indices") or config.get("trainable_token_indices") or ()
     made: dict[str, Train] = {}
-    owners: dict[int, str] = {}
     for name in sorted(found, key=lambda name: not isinstance(modules[name], nn.Embedding)):
-        if owners.setdefault(id(modules[name]._parameters["weight"]), name) != name:
-            continue
         listed = (
             next((rows for end, rows in said.items() if name.endswith(end)), ()) if isinstance(said, dict) else said
         )
         if len(listed) != len(found[name]):
             raise AttunementError(f"peft: {name} has {len(found[name])} trained rows, and {len(listed)} are named")
+        weight = modules[name]._parameters["weight"]
+        twin = next((n for n, m in modules.items() if n != name and m._parameters.get("weight") is weight), None)
+        if twin is not None and not isinstance(modules[name], nn.Embedding):
+            if made.get(twin) != Train(rows=tuple(listed)) or not torch.equal(found[twin], found[name]):
+                raise AttunementError(
+                    f"peft: the file trains rows of {name} apart from {twin}, to which this model ties it; untie them first"
+                )
+            continue
         made[name] = Train(rows=tuple(listed))
     return made
 
