@@ -287,7 +287,15 @@ class Adapter:
         unmerge(self)
 
     def save(self, path: str | PathLike[str], format: str = "attunement") -> None:
-        """Write the adapter to a folder, atomically; `format="peft"` writes PEFT's format instead. See `load`."""
+        """Write the adapter to a folder, atomically; `format="peft"` writes PEFT's format instead. See `load`.
+
+        An adapter that stands there in the same format is replaced. One in the other format stays, and the save is refused: of
+        two in a folder `load` would read one, which may be the older.
+
+        Raises:
+            AttunementError: an unknown format, a path that is a file or holds an adapter in the other format, a metric that is
+                no number, or what PEFT's format cannot express.
+        """
         from attunement import storage
 
         storage.save(self, path, format)

@@ -6,25 +6,29 @@ killed at any point leaves the previous adapter or the new one. Nothing is ever 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import os
+import reprlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import StrictInt, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from typing_extensions import NotRequired, TypedDict
 
 from attunement.adapter import Adapter
 from attunement.adapting import attach, build, check_name
 from attunement.anatomy import CONTAINER, Anatomy, Place, RowView, anatomy, walk
 from attunement.choosing import passed_over, site_of
-from attunement.errors import AttunementError, nearest
+from attunement.errors import AttunementError, nearest, wanted
 from attunement.fields import misfit
 from attunement.method import Method, method_from
 from attunement.part import Group
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from os import PathLike
 
 TENSORS, DESCRIPTION, FORMAT = "adapter.safetensors", "adapter.json", 1
+PEFT = "adapter_config.json"
 _SAMPLES = 16
 
 
@@ -41,11 +46,18 @@ def save(adapter: Adapter, path: str | PathLike[str], format: str = "attunement"
     """Write an adapter to a folder; see `Adapter.save`.
 
     Raises:
-        AttunementError: an unknown format, a path that is a file, or what the format cannot express.
+        AttunementError: an unknown format, a path that is a file or holds an adapter in the other format, a metric that is
+            no number, or what the format cannot express.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise AttunementError(f"save: {str(path)!r} is a file; an adapter is saved to a folder")
+    other = {"attunement": PEFT, "peft": TENSORS}.get(format)
+    if other is not None and (folder / other).exists():
+        raise AttunementError(
+            f"save: {str(path)!r} holds an adapter in the other format, in {other!r}; a folder holds one, so give another "
+            "folder or take that one away"
+        )
     if format == "peft":
         from attunement import peft
 
@@ -135,8 +147,20 @@ def describe(adapter: Adapter) -> dict[str, Any]:
             for group in adapter.groups_
         ],
         "fingerprint": fingerprint(adapter),
-        "metrics": adapter.metrics,
+        "metrics": {name: _figure(name, value) for name, value in adapter.metrics.items()},
     }
+
+
+def _figure(name: str, value: Any) -> Any:
+    """A metric as JSON has it: a number of numpy or torch as a plain one."""
+    with contextlib.suppress(AttributeError, ValueError, RuntimeError):  # no such number, or several
+        value = value.item()
+    try:
+        json.dumps({name: value})
+    except (TypeError, ValueError):
+        said = f"{type(value).__name__}{list(value.shape) if hasattr(value, 'shape') else ''}"
+        raise AttunementError(f"save: adapter.metrics[{name!r}] must be a number, got {said}") from None
+    return value
 
 
 # --- which base an adapter belongs to ---
@@ -147,10 +171,14 @@ def fingerprint(adapter: Adapter) -> dict[str, Any]:
     if adapter._fingerprint is not None:
         return adapter._fingerprint
     prints = {}
+    tied = any(part.twins for part in adapter.parts)
+    paths = {module: path for path, module in adapter.model.named_modules()} if tied else {}
     for part in adapter.parts:
         site = part.site
         if site.parameter is not None:
             prints[part.key] = _print(site, part.method.carried(site.weight, **part.values("carried")))
+            if part.method.acts_on == "parameter":
+                prints[part.key]["tied"] = sorted(paths[twin] for twin in part.twins if twin in paths)
         elif (near := _beneath(adapter, site.module)) is not None:
             name, parameter = near
             prints[f"{name} beneath {part.key}"] = _said(parameter, parameter.detach())
@@ -197,7 +225,7 @@ def _sampled(values: Tensor) -> list[float]:
 
 def _check_base(adapter: Adapter, saved: Mapping[str, Any], strict: bool) -> None:
     """Refuse a base whose weights differ from those that the adapter was made on."""
-    here = fingerprint(adapter)
+    here, modules = fingerprint(adapter), dict(adapter.model.named_modules())
     for key, print_ in saved.items():
         own = here.get(key)
         if own is None:
@@ -205,6 +233,12 @@ def _check_base(adapter: Adapter, saved: Mapping[str, Any], strict: bool) -> Non
         if list(own["shape"]) != list(print_["shape"]):
             raise AttunementError(
                 f"load: {key} has shape {own['shape']} here and {print_['shape']} in the adapter's base"
+            )
+        before, now = [name for name in print_.get("tied", ()) if name in modules], own.get("tied", [])
+        if strict and "tied" in print_ and before != now:
+            raise AttunementError(
+                f"load: {key} is tied to {', '.join(now) or 'nothing'} here and was to {', '.join(before) or 'nothing'} in the "
+                "adapter's base; load the right base, or pass strict=False"
             )
         a, b = print_["values"], own["values"]
         if not strict or not a or not b or len(a) != len(b):
@@ -227,6 +261,47 @@ def _tolerance(saved: str, here: str) -> float:
 
 
 # --- load ---
+
+
+class _SiteSaid(TypedDict):
+    name: str
+    parameter: str | None
+    role: str
+    block: StrictInt | None
+    stack: str
+    view: NotRequired[tuple[StrictInt, StrictInt, StrictInt] | None]
+    transposed: NotRequired[bool]
+    entry: NotRequired[str | None]
+
+
+class _MethodSaid(TypedDict):
+    method: str
+
+
+class _GroupSaid(TypedDict):
+    method: _MethodSaid
+    on: str
+    sites: list[_SiteSaid]
+
+
+class _PrintSaid(TypedDict):
+    shape: list[int]
+    dtype: str
+    values: list[float]
+    tied: NotRequired[list[str]]
+
+
+class _Said(TypedDict):
+    """What `describe` gives, as far as `load` reads it."""
+
+    name: str
+    base: NotRequired[dict[str, Any] | None]
+    methods: list[_GroupSaid]
+    fingerprint: NotRequired[dict[str, _PrintSaid] | None]
+    metrics: NotRequired[dict[str, Any] | None]
+
+
+_SAID = TypeAdapter(_Said)
 
 
 def load(
@@ -254,7 +329,7 @@ def load(
             ill-shaped or not finite; a site that the model does not have; a method that is not registered; another base.
     """
     folder = _folder(path, revision, token)
-    if not (folder / TENSORS).exists() and (folder / "adapter_config.json").exists():
+    if not (folder / TENSORS).exists() and (folder / PEFT).exists():
         from attunement import peft
 
         return peft.load(model, folder, name or "default", trainable)
@@ -275,16 +350,23 @@ def load(
 
 def opened(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a saved adapter and its description."""
-    tensors, metadata = read(folder / TENSORS)
+    file = folder / TENSORS
+    tensors, metadata = read(file)
     try:
         said = json.loads(metadata["attunement"])
         said["methods"]
     except (KeyError, TypeError, json.JSONDecodeError):
-        raise AttunementError(
-            f"load: {str(folder / TENSORS)!r} has no description of an adapter in its header"
-        ) from None
+        raise AttunementError(f"load: {str(file)!r} has no description of an adapter in its header") from None
     if said.get("format") != FORMAT:
         raise AttunementError(f"load: the adapter has format {said.get('format')!r}, this version reads {FORMAT}")
+    try:
+        _SAID.validate_python(said)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = "".join(f"[{word}]" if isinstance(word, int) else f".{word}" for word in first["loc"]).lstrip(".")
+        missing = first["type"] == "missing"
+        wrong = "is missing" if missing else f"must be {wanted(first['msg'])}, got {reprlib.repr(first['input'])}"
+        raise AttunementError(f"load: {key} in the header of {str(file)!r} {wrong}") from None
     return tensors, said
 
 

@@ -257,7 +257,7 @@ def written(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if len(types) > 1:
         raise AttunementError(f"peft: PEFT keeps one method per adapter, this one has {' and '.join(types)}")
     names = {module: name for name, module in modules.items()}
-    saved = [(part, [part.site.name, *(names[twin] for twin in part.twins)]) for part in trained]
+    saved = [(part, [part.site.name, *(names[twin] for twin in part.twins if twin in names)]) for part in trained]
     whole = _whole_modules(saved, modules)
     config: dict[str, Any] = {**base, "task_type": None}
     if types:
