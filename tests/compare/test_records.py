@@ -12,6 +12,7 @@ import synthetic
 from attunement.compare import records
 from attunement.compare.records import Trial
 from attunement.errors import AttunementError
+from attunement.train.recipe import parse
 
 ONE = Trial(
     id="a",
@@ -39,6 +40,12 @@ def test_texts_with_quotes_newlines_and_markup_come_back(tmp_path: Path) -> None
     trial = Trial(id="a", task=odd, method="own/x", label=odd, error=odd, state="failed")
     records.write(tmp_path, {"name": odd}, [trial])
     assert records.read(tmp_path).trials == (trial,)
+
+
+def test_texts_that_look_like_numbers_are_texts_to_a_reader_of_studies(tmp_path: Path) -> None:
+    settings = {"name": "12e4", "model": {"path": "m", "revision": "1e5"}, "task": {"labels": ["no", "7."]}}
+    records.write(tmp_path, settings, [ONE])
+    assert parse((tmp_path / records.SETTINGS).read_text()) == records.read(tmp_path).settings == settings
 
 
 def test_a_row_a_trial_in_the_stated_columns(tmp_path: Path) -> None:

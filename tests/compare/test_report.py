@@ -265,6 +265,9 @@ def test_the_recipe_of_a_row_trains_it(made: Study, rows: dict[str, list[table.R
     assert table.recipe(made, row).startswith("model:")
     settings = {**made.settings, "tasks": {"banking77": {**made.settings["tasks"]["banking77"], "per_class": 10}}}
     fewer = table.recipe(dataclasses.replace(made, settings=settings), row)
+    settings["tasks"]["banking77"] |= {"model": {"path": "m", "revision": "12e4"}}
+    told = parse(table.recipe(dataclasses.replace(made, settings=settings), row))
+    assert told["model"]["revision"] == "12e4", "a text, which the reader would take for a number"
     assert fewer.startswith("# The study trained on 10 rows of each class; this takes all rows.\n")
     assert parse(fewer) == recipe
 

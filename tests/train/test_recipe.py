@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 import attunement as at
-from attunement.train.recipe import Recipe, load, named_recipes, parse, schema
+from attunement.train.recipe import Recipe, load, named_recipes, parse, schema, written
 from attunement.train.section import read
 
 MINIMAL = {"model": "some/model", "data": "rows.csv", "task": "classification"}
@@ -94,11 +95,12 @@ def test_overrides(tmp_path: Path) -> None:
             "model.dtype=bfloat16",
             "data.columns={label: intent}",
             "seed=3",
+            "name=*.query",
         ],
     )
     assert recipe.training.learning_rate == 5e-4
     assert recipe.methods()[0]["attention.{query,value}"].rank == 16
-    assert (recipe.task.pooling, recipe.task.kind, recipe.seed) == ("mean", "classification", 3)
+    assert (recipe.task.pooling, recipe.task.kind, recipe.seed, recipe.name) == ("mean", "classification", 3, "*.query")
     assert (recipe.model.path, recipe.model.dtype) == ("some/model", "bfloat16")
     assert recipe.data.columns == {"label": "intent"}
     assert recipe.output == str(Path("runs/banking"))
@@ -110,6 +112,8 @@ def test_overrides(tmp_path: Path) -> None:
         (["training.learning_rte=1"], "unknown training argument 'learning_rte'; nearest: 'learning_rate'"),
         (["seed"], "expected key=value, got 'seed'"),
         (["seed.x=1"], "'seed' is not a mapping but 3"),
+        (["task.labels=[a"], r"'task\.labels=\[a': not readable as YAML: .* expected ',' or '\]'"),
+        (["name=2020-13-45"], "'name=2020-13-45': not readable as YAML: month must be in"),
     ],
 )
 def test_refused_overrides(tmp_path: Path, overrides: list[str], sentence: str) -> None:
@@ -163,3 +167,47 @@ def test_schema_writes_methods_and_tasks_as_the_reader_takes_them() -> None:
 def test_scalars_are_those_of_yaml_1_2() -> None:
     text = "{on: 2e-3, off: [1.5, 1e3, .5, 7, true, no], x: null, y: -1E-4}"
     assert parse(text) == {"on": 2e-3, "off": [1.5, 1000.0, 0.5, 7, True, "no"], "x": None, "y": -1e-4}
+
+
+@pytest.mark.parametrize("read_back", [parse, yaml.safe_load])
+def test_what_is_written_is_read_as_the_same(read_back: Callable[[str], object]) -> None:
+    """By whichever version: 12e4 is a number in YAML 1.2 alone, `no` and 1:30 are not texts in 1.1 alone."""
+    texts = [
+        "12e4",
+        "1e5",
+        "12e+4",
+        "-7E2",
+        ".5e3",
+        "7.",
+        "no",
+        "on",
+        "y",
+        "1:30",
+        "0x1f",
+        "0o17",
+        "1_000",
+        "2020-01-02",
+    ]
+    texts += [
+        "",
+        "~",
+        "null",
+        "TRUE",
+        ".inf",
+        "-.INF",
+        ".nan",
+        "=",
+        "<<",
+        "*.query",
+        "a: b",
+        "[a",
+        "# x",
+        " x ",
+        "é\u2028\t\r\n",
+    ]
+    values = {
+        "texts": texts,
+        **{text: text for text in texts},
+        "numbers": [1, -2.5, 1e30, 1e-5, float("inf"), True, None],
+    }
+    assert read_back(written(values)) == values

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from attunement.errors import AttunementError, nearest
+from attunement.train.recipe import written
 
 ALL = "all tasks"
 """The task whose values are the means over the others."""
@@ -162,7 +163,7 @@ def write(
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(columns())
     rows.writerows([_cell(getattr(trial, name)) for name in columns()] for trial in trials)
-    replace(folder / SETTINGS, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+    replace(folder / SETTINGS, written(dict(settings)))
     replace(folder / CURVES, json.dumps({trial.id: trial.curve for trial in trials if trial.curve}) + "\n")
     replace(folder / TRIALS, table.getvalue())
     left = {MISSING: list(missing), PROGRESS: None if progress is None else asdict(progress)}

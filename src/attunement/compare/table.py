@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy
-import yaml
 
 from attunement.compare.records import ALL, Study, Trial
 from attunement.compare.statistics import Difference, Estimate, compare, estimate, front, prior
 from attunement.summary import size_of
+from attunement.train.recipe import written
 
 FULL, STILL = "baseline/full", "baseline/zero-shot"
 LOWER = ("loss", "perplexity", "error", "mse", "rmse", "mae", "wer", "cer")
@@ -375,7 +375,7 @@ def recipe(study: Study, row: Row) -> str:
     head_rate = next((t.head_rate for t in alike if t.head_rate is not None), None)
     training |= {} if head_rate is None else {"head_learning_rate": float(f"{head_rate:.6g}")}
     whole = {**given, **({"adapter": adapter} if adapter else {}), **({"training": training} if training else {})}
-    text = yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=100) if whole else ""
+    text = written(whole, width=100) if whole else ""
     return (_fewer(study, row.task) if given else "") + text
 
 

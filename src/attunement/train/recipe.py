@@ -43,9 +43,24 @@ _Yaml.add_implicit_resolver(
 )
 
 
+class _Writer(yaml.SafeDumper):
+    """YAML that is read alike by both versions: a text that one of them takes for something else is quoted."""
+
+
+for _first, _resolvers in _Yaml.yaml_implicit_resolvers.items():
+    for _tag, _pattern in _resolvers:
+        _Writer.add_implicit_resolver(_tag, _pattern, [_first])
+
+
 def parse(text: str) -> Any:
     """YAML 1.2 as plain data."""
     return yaml.load(text, _Yaml)
+
+
+def written(values: Any, width: int = 80) -> str:
+    """Plain data as YAML, of which `parse` makes the same again."""
+    text: str = yaml.dump(values, Dumper=_Writer, sort_keys=False, allow_unicode=True, width=width)
+    return text
 
 
 OURS = {"output_dir", "seed", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "remove_unused_columns"}
@@ -170,6 +185,15 @@ class Recipe(Section):
             del values["imports"]
         return values
 
+    def settings(self) -> dict[str, Any]:
+        """Every setting by its dotted key; fields of methods and training arguments that were left out as their defaults."""
+        method, on = self.methods()
+        if isinstance(method, Mapping):
+            adapter = {place: one.describe() for place, one in method.items() if one is not None}
+        else:
+            adapter = method.describe() | {"on": on}
+        return flat({"training": _defaults()}) | flat(self.plain() | {"adapter": adapter})
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with `key=value` overrides (dotted keys, values in YAML).
@@ -203,7 +227,7 @@ def mapping(path: Path, kind: str, keys: str) -> dict[str, Any]:
         raise AttunementError(f"there is no {kind} file {str(path)!r}{nearest(str(path), beside)}")
     try:
         values = parse(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none, or bytes that are no UTF-8
         raise AttunementError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         table = f" ({path.name} looks like data: a {kind} names it under `data`)"
@@ -351,7 +375,20 @@ def _override(values: dict[str, Any], override: str) -> None:
         place = place[name]
         if not isinstance(place, dict):
             raise AttunementError(f"{key}: {name!r} is not a mapping but {place!r}")
-    place[".".join(parts)] = parse(text)
+    try:
+        place[".".join(parts)] = parse(text)
+    except (yaml.YAMLError, ValueError) as error:
+        if not text.startswith("*"):  # in YAML a reference to what stands before it, where nothing stands here
+            raise AttunementError(f"{override!r}: not readable as YAML: {' '.join(str(error).split())}") from None
+        place[".".join(parts)] = text
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def schema() -> dict[str, Any]:
@@ -410,3 +447,12 @@ def _arguments() -> dict[str, dataclasses.Field]:
     from transformers import TrainingArguments
 
     return {field.name: field for field in dataclasses.fields(TrainingArguments)}
+
+
+def _defaults() -> dict[str, Any]:
+    """What training arguments are where a recipe says nothing of them."""
+    return {
+        name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for name, field in _arguments().items()
+        if name not in OURS
+    }
