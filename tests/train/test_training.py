@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from attunement.method import _registry
 from attunement.train.progress import Bar
 from attunement.train.recipe import Recipe
 from attunement.train.recipe import load as load_recipe
-from attunement.train.run import load, predict_folder, prepare, train
+from attunement.train.run import check_folder, load, predict_folder, prepare, train
 from attunement.train.section import read
 from attunement.train.tasks import Regression
 from attunement.train.trainer import last_checkpoint
@@ -315,6 +316,89 @@ def test_two_runs_are_not_mixed(recipe: dict) -> None:
     assert load(folder).recipe.adapter["rank"] == 8
 
 
+def stopped(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_stopped_run_has_nothing_of_the_one_that_it_overwrites(
+    attune: Attune, recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(recipe["output"])
+    file = written(recipe, tmp_path)
+    assert attune("train", file)[0] == 0
+    (folder / "notes.txt").write_text("mine")
+    rows = Path(recipe["data"]["train"])
+    (tmp_path / "other.csv").write_text(rows.read_text().replace("up", "north").replace("down", "south"))
+    monkeypatch.setattr(Bar, "on_train_begin", stopped)
+    arguments = ("train", file, f"data.train={tmp_path / 'other.csv'}", "--overwrite")
+    assert attune(*arguments, "training.optim=nonsense")[0] == 2
+    assert attune("predict", folder, "a great film")[0] == 0, "one that is refused leaves all as it was"
+    assert attune(*arguments)[0] == 130
+    assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "recipe.yaml"]
+    code, _, errors = attune("predict", folder, "a great film")
+    assert (code, "holds a run that has not finished" in errors) == (2, True)
+
+
+def test_a_run_overwrites_a_merged_one_and_no_other_model(
+    attune: Attune, recipe: dict, trained: Path, bert: Path, tmp_path: Path
+) -> None:
+    folder, file = Path(recipe["output"]), written(recipe, tmp_path)
+    assert attune("merge", trained, folder)[0] == 0
+    (folder / "notes.txt").write_text("mine")
+    code, _, errors = attune("train", file)
+    assert (code, "already holds a run" in errors) == (2, True)
+    code, _, errors = attune("train", file, f"model={folder}", "--overwrite")
+    assert (code, errors) == (
+        2,
+        f"output: {folder} holds a model, beside which a run cannot be kept; give another folder\n",
+    )
+    code, _, errors = attune("train", file, "--overwrite")
+    assert code == 0, errors
+    kept = {"adapter", "checkpoint-18", "curve.png", "metrics.json", "notes.txt", "recipe.yaml"}
+    assert {path.name for path in folder.iterdir()} == kept
+    assert load(folder).adapter is not None
+
+    shutil.copytree(bert, tmp_path / "model")
+    before = sorted(path.name for path in (tmp_path / "model").iterdir())
+    code, _, errors = attune("train", file, f"output={tmp_path / 'model'}", "--overwrite")
+    assert (code, "holds a model, beside which a run cannot be kept" in errors) == (2, True)
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == before
+
+
+@pytest.mark.parametrize("place", ["rows.csv", "rows.csv/run"])
+def test_a_run_cannot_be_where_a_file_is(attune: Attune, recipe: dict, tmp_path: Path, place: str) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\n")
+    code, _, errors = attune("train", written(recipe | {"output": str(tmp_path / place)}, tmp_path))
+    assert (code, errors) == (2, f"output: {tmp_path / 'rows.csv'} is a file; give another folder\n")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"training": {"weight_decay": 0.5}}, r"training.weight_decay=0.0, now it is 0.5"),
+        ({"training": {"gradient_accumulation_steps": 2}}, r"training.gradient_accumulation_steps=1, now it is 2"),
+        ({"data": {"eval": "rows.csv"}}, r"began without data.eval, now it is 'rows.csv'"),
+        ({"adapter": {"alpha": 3.0}}, r"began without adapter.alpha, now it is 3.0"),
+        ({"adapter": {"dropout": 0.1}}, r"adapter.dropout=0.0, now it is 0.1"),
+        ({"task": {"labels": ["up", "down"]}}, r"task.labels=\['down', 'up'\], now it is \['up', 'down'\]"),
+        ({"model": {"dtype": "bfloat16"}}, r"model.dtype='auto', now it is 'bfloat16'"),
+    ],
+)
+def test_a_run_is_not_resumed_with_settings_that_were_added(recipe: dict, settings: dict, sentence: str) -> None:
+    recipe |= {"model": {"path": recipe["model"]}}
+    folder = Path(recipe["output"])
+    (folder / "checkpoint-1").mkdir(parents=True)
+    written({**recipe, "task": recipe["task"] | {"labels": ["down", "up"]}}, folder)  # as the first run has found them
+    now = {**recipe, **{key: {**recipe[key], **values} for key, values in settings.items()}}
+    with pytest.raises(at.AttunementError, match=f"--resume: the run in .*{sentence}$"):
+        check_folder(read(Recipe, now, "recipe"), folder, resume=True, overwrite=False)
+    given = {
+        "training": recipe["training"] | {"weight_decay": 0, "gradient_accumulation_steps": 1},
+        "adapter": recipe["adapter"] | {"method": "low_rank/lora", "dropout": 0},
+    }
+    check_folder(read(Recipe, recipe | given, "recipe"), folder, resume=True, overwrite=False)
+
+
 def test_a_run_that_broke_off_leaves_nothing_in_the_way(attune: Attune, recipe: dict, tmp_path: Path) -> None:
     folder = Path(recipe["output"])
     folder.mkdir()
@@ -462,6 +546,77 @@ def test_open_run_and_load_say_where_the_other_is(trained: Path) -> None:
         at.load(bare, trained / "adapter")
     with pytest.raises(at.AttunementError, match="is the adapter of a run; the run is"):
         at.open_run(trained / "adapter")
+
+
+@pytest.fixture
+def numbers(recipe: dict, tmp_path: Path) -> dict:
+    """The recipe with numbers for labels."""
+    rows = Path(recipe["data"]["train"])
+    rows.write_text(rows.read_text().replace(",up", ",1").replace(",down", ",0"))
+    return recipe | {"task": {"kind": "regression", "pooling": "mean"}}
+
+
+@pytest.mark.parametrize("given", [{}, {"logging_nan_inf_filter": True, "eval_strategy": "no"}])
+def test_a_run_that_diverges_says_so_and_saves_nothing(
+    attune: Attune, numbers: dict, tmp_path: Path, given: dict
+) -> None:
+    more = {"learning_rate": 1e30, "load_best_model_at_end": False, **given}
+    code, said, errors = attune("train", written(numbers | {"training": numbers["training"] | more}, tmp_path))
+    assert (code, "Saved" in said, errors.count("\n")) == (2, False, 1)
+    what = "of the adapter, which is not saved, is not finite" if given else "the loss on the training rows is"
+    assert errors.startswith(f"train: the run in {numbers['output']} has diverged: ")
+    assert what in errors
+    assert errors.endswith("; start anew (--overwrite) with training.learning_rate below 1e+30\n")
+    assert not (Path(numbers["output"]) / "adapter").exists()
+
+
+def test_a_run_that_diverges_at_last_names_what_was_best(
+    attune: Attune, recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(recipe["output"])
+
+    def spoil(self: Bar, args: object, state: transformers.TrainerState, control: object, **given: Any) -> None:
+        if state.global_step == 20:
+            next(iter(at.adapters(given["model"])["default"].parameters())).data.fill_(math.inf)
+
+    monkeypatch.setattr(Bar, "on_step_end", spoil)
+    file = written(recipe | {"training": recipe["training"] | {"num_train_epochs": 2}}, tmp_path)
+    code, _, errors = attune("train", file)
+    best = folder / "checkpoint-18" / "adapter"
+    assert (code, f"is nan after 21 steps; what it was at its best before is in {best}; start" in errors) == (2, True)
+    assert all(value.isfinite().all() for value in load_file(best / "adapter.safetensors").values())
+
+
+def test_an_adapter_is_kept_whatever_its_evaluation_comes_to(
+    recipe: dict, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "texts.csv"
+    rows.write_text("text\n" + "the film was good\n" * 16)
+    recipe |= {"model": str(llama), "task": "causal-lm", "data": {"train": str(rows), "holdout": 0.25}}
+    recipe["training"] |= {"eval_strategy": "no", "load_best_model_at_end": False}
+    folder, measured = Path(recipe["output"]), {"eval_token_accuracy": 0.5, "eval_loss": 800.0}
+    monkeypatch.setattr(at.Trainer, "evaluate", lambda *_: measured)
+    assert run(recipe)["eval"]["perplexity"] == math.inf
+    assert json.loads((folder / "metrics.json").read_text())["eval"]["perplexity"] is None
+    assert load(folder).adapter.metrics == {"eval_token_accuracy": 0.5, "eval_loss": 800.0}
+    measured["eval_loss"] = math.nan
+    with pytest.raises(at.AttunementError, match="has diverged: the loss on the eval rows is nan; start anew"):
+        run(recipe, overwrite=True)
+    assert json.loads((folder / "metrics.json").read_text())["eval"]["loss"] is None
+    assert load(folder).adapter is not None
+    monkeypatch.setattr(at.Trainer, "evaluate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, overwrite=True)
+    assert load(folder).adapter is not None
+
+
+def test_labels_that_look_like_numbers_are_read_back(recipe: dict) -> None:
+    rows = Path(recipe["data"]["train"])
+    rows.write_text(rows.read_text().replace(",up", ",12e4x").replace(",down", ",no"))
+    text = recipe | {"task": {"kind": "classification", "labels": ["12e4x", "no", "12e4", "1:30"]}, "name": "1e5"}
+    run(text)
+    opened = load(recipe["output"])
+    assert (opened.recipe.task.labels, opened.recipe.name) == (("12e4x", "no", "12e4", "1:30"), "1e5")
 
 
 def test_bad_rows_are_refused_before_anything_is_written(attune: Attune, recipe: dict, tmp_path: Path) -> None:

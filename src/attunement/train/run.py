@@ -11,23 +11,24 @@ A folder that `attune merge` wrote is opened as a run too: it holds a recipe, an
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import math
 import os
+import shlex
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 import attunement as at
 from attunement.errors import AttunementError, nearest
-from attunement.train.recipe import Recipe, import_all, parse, placed
+from attunement.train.recipe import Recipe, import_all, mapping, placed, written
 from attunement.train.section import read
 from attunement.train.tasks import Classification, Regression
-from attunement.train.words import command, near, short
+from attunement.train.words import command, near
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,7 +68,8 @@ class Run:
 
         from attunement.train.trainer import Trainer
 
-        task, given = self.recipe.task, self.recipe.arguments() | arguments
+        task = self.recipe.task
+        given = {"logging_nan_inf_filter": False} | self.recipe.arguments() | arguments  # the filter hides divergence
         if "eval" not in self.splits:
             given |= {"eval_strategy": "no", "load_best_model_at_end": False}
         if given["load_best_model_at_end"]:
@@ -110,20 +112,28 @@ class Run:
     def save(self, metrics: dict[str, dict[str, float]]) -> None:
         """The adapter, the recipe and the figures into the folder; every process calls it, and the first one writes."""
         assert self.adapter is not None
-        self.adapter.metrics = {
-            f"{split}_{name}": value for split, row in metrics.items() for name, value in row.items()
+        known = {
+            split: {name: value if math.isfinite(value) else None for name, value in row.items()}
+            for split, row in metrics.items()
         }
-        if first_process() or any(hasattr(p, "placements") for p in self.adapter.parameters()):
-            self.adapter.save(self.folder / "adapter")  # all take part in gathering shards
+        self.adapter.metrics = {
+            f"{split}_{name}": value for split, row in known.items() for name, value in row.items() if value is not None
+        }
+        self.save_adapter()
         if first_process():
             self.write_recipe()
-            (self.folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+            (self.folder / "metrics.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+
+    def save_adapter(self) -> None:
+        """The adapter into the folder; every process calls it, and the first one writes."""
+        assert self.adapter is not None
+        if first_process() or any(hasattr(p, "placements") for p in self.adapter.parameters()):
+            self.adapter.save(self.folder / "adapter")  # all take part in gathering shards
 
     def write_recipe(self) -> None:
         """The recipe into the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(self.recipe.plain(), sort_keys=False, allow_unicode=True)
-        (self.folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        (self.folder / "recipe.yaml").write_text(written(self.recipe.plain()), encoding="utf-8")
 
 
 def prepare(recipe: Recipe) -> Run:
@@ -170,10 +180,11 @@ def train(
     """Train, save, and give the figures of the evaluation and test rows.
 
     `resume` goes on from the last whole checkpoint of the run's folder, or starts where there is none yet.
-    Raises `AttunementError` where the folder holds a run already, or where the run that is resumed had another recipe.
+    Raises `AttunementError` where the folder holds a run already, where the run that is resumed had another recipe, and
+    where the loss or the adapter is no longer finite.
     """
     from attunement.train.progress import Bar, SaveOnInterrupt
-    from attunement.train.trainer import last_checkpoint
+    from attunement.train.trainer import StopOnDivergence, diverged, last_checkpoint
 
     folder = Path(recipe.output or "runs/default")
     first = first_process()
@@ -181,31 +192,38 @@ def train(
         check_folder(recipe, folder, resume, overwrite)
     run = prepare(recipe)
     assert run.adapter is not None
+    bar = Bar(console, run.recipe.task.metric)
+    interrupt = SaveOnInterrupt(bar)
+    trainer = run.trainer(callbacks=[bar, interrupt, StopOnDivergence()])
     if first:
         console.print(run.adapter.summary())
         if not resume:
-            for old in (*folder.glob("checkpoint-*"), *folder.glob("phase-*")):
-                _remove(old)
+            clear(folder)
         run.write_recipe()
     checkpoint = last_checkpoint(folder) if resume else None
     if first and resume:
         console.print(
             f"Going on from [bold]{checkpoint}[/]." if checkpoint else "No checkpoint yet: starting from the beginning."
         )
-    bar = Bar(console, run.recipe.task.metric)
-    interrupt = SaveOnInterrupt(bar)
-    trainer = run.trainer(callbacks=[bar, interrupt])
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         bar.close()
         interrupt.restore()
+    trainer.remove_callback(StopOnDivergence)
+    if bad := next((key for key, value in run.adapter.state().items() if not value.isfinite().all()), None):
+        raise diverged(f"{bad!r} of the adapter, which is not saved, is not finite", trainer.args)
+    run.save_adapter()
     log = list(trainer.state.log_history)
     measured: list[str] = [split for split in ("eval", "test") if split in run.splits]
     metrics = {split: figures(trainer.evaluate(run.splits[split])) for split in measured}
     run.save(metrics)
     if first:
         draw_log(log, run)
+    for split, row in metrics.items():
+        for name in dict.fromkeys(("loss", run.recipe.task.metric)):
+            if not math.isfinite(row.get(name, 0.0)):
+                raise diverged(f"the {name} on the {split} rows is {row[name]}", trainer.args)
     return metrics
 
 
@@ -219,8 +237,9 @@ def draw_log(log: list[dict[str, Any]], run: Run) -> None:
     from attunement.train.curve import draw
 
     metric = run.recipe.task.metric
-    loss = [(row["step"], row["loss"]) for row in log if "loss" in row]
-    score = [(row["step"], row[f"eval_{metric}"]) for row in log if f"eval_{metric}" in row]
+    known = [row for row in log if all(math.isfinite(row.get(key, 0.0)) for key in ("loss", f"eval_{metric}"))]
+    loss = [(row["step"], row["loss"]) for row in known if "loss" in row]
+    score = [(row["step"], row[f"eval_{metric}"]) for row in known if f"eval_{metric}" in row]
     assert run.adapter is not None
     methods = dict.fromkeys(type(part.method).__name__ for part in run.adapter.parts)
     title = f"{run.folder.name}: {', '.join(methods)} on {Path(run.recipe.model.path).name}"
@@ -228,23 +247,70 @@ def draw_log(log: list[dict[str, Any]], run: Run) -> None:
 
 
 def check_folder(recipe: Recipe, folder: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse to mix two runs in one folder."""
+    """Refuse to mix two runs in one folder, or a run with a model."""
+    check_place(folder, "output")
+    own = folder.resolve() == Path(recipe.model.path).resolve()
+    if (folder / "config.json").exists() and (own or not is_merged(folder)):
+        raise AttunementError(f"output: {folder} holds a model, beside which a run cannot be kept; give another folder")
     old = folder / "recipe.yaml"
     begun = (folder / "adapter").exists() or any(folder.glob("checkpoint-*")) or (folder / "config.json").exists()
-    if not old.exists() or overwrite or not begun:  # a run that stopped before its first checkpoint left nothing to mix
+    if overwrite or not begun:  # a run that stopped before its first checkpoint left nothing to mix
         return
     if not resume:
         raise AttunementError(
             f"{folder} already holds a run: --resume goes on with it, --overwrite starts anew, output=... goes "
             "elsewhere"
         )
-    before, now = parse(old.read_text(encoding="utf-8")), recipe.plain()
+    if not old.exists():
+        return
+    before, now = read(Recipe, mapping(old, "recipe", "model, data, task"), str(old)).settings(), recipe.settings()
     if getattr(recipe.task, "labels", None) is None:
-        before["task"].pop("labels", None)  # found in the rows by the first run
-    for key, was in _flat(before).items():
-        given = _flat(now).get(key)
-        if given != was:
-            raise AttunementError(f"--resume: the run in {folder} began with {key}={was!r}, now it is {given!r}")
+        before.pop("task.labels", None)  # found in the rows by the first run
+    for key in dict.fromkeys([*before, *now]):
+        was, given = before.get(key), now.get(key)
+        if was != given:
+            began = f"without {key}" if was is None else f"with {key}={was!r}"
+            raise AttunementError(
+                f"--resume: the run in {folder} began {began}, now it is {'left out' if given is None else repr(given)}"
+            )
+
+
+def check_place(folder: Path, where: str) -> None:
+    """Refuse a folder that cannot be made, because it or one above it is a file."""
+    standing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not standing.is_dir():
+        raise AttunementError(f"{where}: {standing} is a file; give another folder")
+
+
+def is_merged(folder: Path) -> bool:
+    """Whether a folder holds what `attune merge` wrote; any other model in it is none of ours."""
+    try:
+        values = mapping(folder / "recipe.yaml", "recipe", "model, data, task")
+    except AttunementError:
+        return False
+    return values.get("model") == {"path": "."} and (folder / "config.json").is_file()
+
+
+OWN = ("adapter", "metrics.json", "curve.png", "checkpoint-*", "phase-*")
+"""What a run writes, beside its recipe."""
+
+MERGED = (
+    *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
+    *("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model"),
+    *("spiece.model", "sentencepiece.bpe.model", "preprocessor_config.json", "processor_config.json"),
+)
+"""What `attune merge` writes, beside the recipe."""
+
+
+def clear(folder: Path) -> None:
+    """Remove what the run before left, so that nothing of it stands under the recipe of the next; nothing else."""
+    names = (*OWN, *MERGED) if is_merged(folder) else OWN
+    for old in [path for name in names for path in folder.glob(name)]:
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        else:
+            old.unlink()
 
 
 def load(folder: str | Path, imports: list[str] | None = None) -> Run:
@@ -273,9 +339,7 @@ def load(folder: str | Path, imports: list[str] | None = None) -> Run:
         )
     quiet()
     import_all(imports, "open_run")
-    values = parse(file.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise AttunementError(f"{file}: expected keys such as model, data, task; got {short(values)}")
+    values = mapping(file, "recipe", "model, data, task")
     values["output"] = str(folder)
     merged = (folder / "config.json").is_file()
     if merged:  # the folder may have been moved since it was written
@@ -290,7 +354,9 @@ def load(folder: str | Path, imports: list[str] | None = None) -> Run:
         theirs = values.get("imports")
         if not theirs or "there is no" not in str(error):
             raise
-        named = " ".join(f"--import {near(str(one))}" for one in ([theirs] if isinstance(theirs, str) else theirs))
+        named = shlex.join(
+            w for x in ([theirs] if isinstance(theirs, str) else theirs) for w in ("--import", near(str(x)))
+        )
         raise AttunementError(
             f"{error}: this run was trained with imports; if you trust them, add {named} "
             "(in Python: import them first, or open_run(..., imports=[...]))"
@@ -353,8 +419,7 @@ def export_folder(folder: Path, to: str, out: Path, rank: int | None = None, imp
     kinds = ("peft", "lora", "merged")
     if to not in kinds:
         raise AttunementError(f"export: --to must be one of {', '.join(kinds)}, got {to!r}{nearest(to, kinds)}")
-    if out.exists() and not out.is_dir():
-        raise AttunementError(f"export: {out} is a file; give another folder")
+    check_place(out, "export")
     if out.exists() and any(out.iterdir()):
         raise AttunementError(f"export: {out} is not empty; give another folder")
     run = load(folder, imports)
@@ -380,7 +445,7 @@ def write_merged(run: Run, out: Path) -> str:
     task = dict(recipe["task"])
     pooled = task.pop("pooling", "model") != "model"
     recipe |= {"task": task, "output": None}
-    text = yaml.safe_dump({k: v for k, v in recipe.items() if v is not None}, sort_keys=False, allow_unicode=True)
+    text = written({k: v for k, v in recipe.items() if v is not None})
     (out / "recipe.yaml").write_text(text, encoding="utf-8")
     kind = type(run.model).__name__
     first = "  import attunement.train.pooling  # makes its pooled head known to transformers\n" if pooled else ""
@@ -389,7 +454,7 @@ def write_merged(run: Run, out: Path) -> str:
     question = "IMAGE" if run.recipe.task.lazy else "TEXT"
     return (
         f"The merged {kind} is in {out}. In Python:\n{first}  transformers.{auto}.from_pretrained({str(out)!r})\n"
-        f"Or ask it: {command()} predict {out} {question}"
+        f"Or ask it: {command()} predict {shlex.quote(str(out))} {question}"
     )
 
 
@@ -430,7 +495,9 @@ def figures(metrics: dict[str, float]) -> dict[str, float]:
     clock = ("runtime", "_per_second", "preparation_time", "epoch")
     kept = {k.removeprefix("eval_"): v for k, v in metrics.items() if not k.endswith(clock)}
     if "token_accuracy" in kept:
-        kept["perplexity"] = math.exp(kept["loss"])
+        kept["perplexity"] = math.inf  # of a loss whose power is beyond floats
+        with contextlib.suppress(OverflowError):
+            kept["perplexity"] = math.exp(kept["loss"])
     return kept
 
 
@@ -444,16 +511,3 @@ def main_process_first() -> Any:
     from accelerate import PartialState
 
     return PartialState().main_process_first()
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder)

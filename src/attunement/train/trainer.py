@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -384,6 +385,29 @@ def _stepped(model: nn.Module, state: Any) -> Iterator[Adapter]:
     for adapter in trained_adapters(model).values():
         adapter.step, adapter.total_steps = state.global_step, state.max_steps
         yield adapter
+
+
+class StopOnDivergence(transformers.TrainerCallback):
+    """Ends a run whose loss is no longer a number, at the first report of it.
+
+    Raises `AttunementError` where the loss of the training or the evaluation rows is infinite or not a number.
+    """
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        for key, rows in (("loss", "training"), ("eval_loss", "evaluation")):
+            loss = (logs or {}).get(key, 0.0)
+            if not math.isfinite(loss):
+                best = state.best_model_checkpoint
+                kept = f"; what it was at its best before is in {Path(best) / 'adapter'}" if best else ""
+                raise diverged(f"the loss on the {rows} rows is {loss} after {state.global_step} steps", args, kept)
+
+
+def diverged(what: str, args: transformers.TrainingArguments, kept: str = "") -> AttunementError:
+    """The sentence for a run that came to nothing."""
+    return AttunementError(
+        f"train: the run in {args.output_dir} has diverged: {what}{kept}; start anew (--overwrite) with "
+        f"training.learning_rate below {args.learning_rate:g}"
+    )
 
 
 class Callback(transformers.TrainerCallback):
