@@ -235,7 +235,7 @@ def train(
     if first:
         show_metrics(metrics)
         question = "IMAGE" if described.task.lazy else "TEXT"
-        ask = f"{called()} predict {described.output} {question}"
+        ask = f"{called()} predict {shlex.quote(str(described.output))} {question}"
         named = "".join(f" --import {shlex.quote(near(name))}" for name in described.imports)
         done = Text.assemble("Saved in ", (str(described.output), "bold"), "; ask it: ", (ask + named, "bold"))
         console.print(done, soft_wrap=True)
@@ -269,10 +269,14 @@ def predict(
     imports: Imports = None,
 ) -> None:
     """Ask a trained adapter, text by text or a whole file."""
-    from attunement.train.run import predict_folder
+    from attunement.train.run import check_place, predict_folder
 
     if bool(texts) == bool(file):
         raise AttunementError("predict: expected either texts or --file, got " + ("both" if texts else "neither"))
+    if out is not None:
+        if out.is_dir():
+            raise AttunementError(f"predict: --out {out} is a folder; give a file")
+        check_place(out.parent, "predict: --out")
     asked, answers = predict_folder(run, texts, file, imports)
     lines = [json.dumps(row | answer, ensure_ascii=False) for row, answer in zip(asked, answers, strict=True)]
     if out is not None:
@@ -340,7 +344,7 @@ def show_metrics(metrics: dict[str, dict[str, float]]) -> None:
 def answer_table(asked: list[dict[str, Any]], answers: list[dict[str, Any]]) -> Table:
     """A row for each question with its answer; figures are never cut, words are folded."""
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("asked", overflow="fold", min_width=20)
+    table.add_column("asked", overflow="fold")
     for i, (name, value) in enumerate(answers[0].items() if answers else ()):
         figure = isinstance(value, float)
         table.add_column(name, style="dim" if i else "bold cyan", overflow="fold", no_wrap=figure)

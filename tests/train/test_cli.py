@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 import attunement as at
 from attunement import cli
 from attunement.train.recipe import load as load_recipe
+from attunement.train.recipe import written
 from attunement.train.run import load as load_run
 from attunement.train.run import write_merged
+from attunement.train.words import command
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
@@ -87,6 +89,15 @@ def test_each_field_has_a_line_of_its_own(name: str) -> None:
     assert several == []
 
 
+@pytest.mark.parametrize("width", [30, 40, 50, 60])
+def test_figures_are_never_cut(width: int) -> None:
+    narrow = Console(width=width)
+    answer = {"label": "verify_source_of_funds", "probability": 0.9764}
+    with narrow.capture() as caught:
+        narrow.print(cli.answer_table([{"text": "a film " * 20}], [answer]))
+    assert [row.split()[-1] for row in caught.get().splitlines()[:2]] == ["probability", "0.976"]
+
+
 @pytest.mark.parametrize("width", [60, 80, 100])
 def test_no_figure_or_address_is_cut(width: int) -> None:
     narrow = Console(width=width)
@@ -132,6 +143,10 @@ def test_eval_and_predict(attune, trained: Path, tmp_path: Path) -> None:
     assert [(line["text"], line["label"]) for line in lines] == [("a great film", "up"), ("the awful plot", "down")]
     _, said, _ = attune("predict", trained, "--file", rows, "--out", tmp_path / "out" / "answers.jsonl")
     assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 192
+    code, said, errors = attune("predict", trained, "a film", "--out", tmp_path)
+    assert (code, said, errors) == (2, "", f"predict: --out {tmp_path} is a folder; give a file\n")
+    code, said, errors = attune("predict", trained, "a film", "--out", rows / "answers.jsonl")
+    assert (code, said, errors) == (2, "", f"predict: --out: {rows} is a file; give another folder\n")
 
 
 @pytest.mark.parametrize(
@@ -200,6 +215,16 @@ def test_a_merged_run_is_asked_like_any_other(attune, trained: Path, tmp_path: P
     assert "attention.query" in attune("inspect", merged)[1]
     code, _, errors = attune("export", merged, tmp_path / "x", "--to", "peft")
     assert (code, "in which there is no adapter any more" in errors) == (2, True)
+
+
+def test_what_is_to_be_typed_can_be_typed(attune, recipe: dict, tmp_path: Path) -> None:
+    """Paths with spaces, as the shell takes them."""
+    folder, merged = tmp_path / "a run", tmp_path / "my model"
+    (tmp_path / "recipe.yaml").write_text(written(recipe | {"output": str(folder)}))
+    _, said, _ = attune("train", tmp_path / "recipe.yaml")
+    assert said.endswith(f"ask it: {command()} predict '{folder}' TEXT\n")
+    _, said, _ = attune("merge", folder, merged)
+    assert said.endswith(f"Or ask it: {command()} predict '{merged}' TEXT\n")
 
 
 def test_a_merged_run_is_refused_rather_than_drawn_afresh_without_this_library(trained: Path, tmp_path: Path) -> None:
