@@ -36,7 +36,7 @@ def test_the_recipes_of_the_library_by_name() -> None:
 
 def test_a_recipe_survives_its_own_plain_data() -> None:
     recipe = read(Recipe, MINIMAL | {"adapter": {"attention.query": {"method": "lora", "rank": 2}, "head": None}}, "x")
-    assert read(Recipe, recipe.plain() | {"adapter": recipe.adapter}, "x") == recipe
+    assert read(Recipe, parse(written(recipe.plain())), "x") == recipe
 
 
 @pytest.mark.parametrize(

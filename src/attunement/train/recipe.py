@@ -181,6 +181,7 @@ class Recipe(Section):
     def plain(self) -> dict[str, Any]:
         """The recipe as plain data; `load` of it as YAML gives the recipe again."""
         values = self.model_dump(mode="json", exclude_none=True)
+        values["adapter"] = self.model_dump(mode="json", include={"adapter"})["adapter"]  # `head: null` says something
         if not self.imports:
             del values["imports"]
         return values
