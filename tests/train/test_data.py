@@ -35,6 +35,89 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str) -> No
     assert table.to_list() == [{"text": row["question"], "label": row["intent"]} for row in ROWS]
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_cells_are_read_as_they_are_written(tmp_path: Path, kind: str) -> None:
+    cells = [
+        ("null", "1.1"),
+        ("NA", "1.10"),
+        ("None", "007"),
+        ("1e3", "None"),
+        ("true", "TRUE"),
+        ("a", "7"),
+        ("1", "n/a"),
+    ]
+    path, between = tmp_path / f"rows.{kind}", "," if kind == "csv" else "\t"
+    path.write_text("\n".join(between.join(row) for row in [("text", "label"), *cells]))
+    rows = Data(train=str(path), holdout=0).load(ROLES)["train"]
+    assert [(row["text"], row["label"]) for row in rows] == cells
+    assert set(Classification().resolved(rows, "rows").labels) == {label for _, label in cells}
+
+
+def test_only_an_empty_cell_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('text,label,text_pair\na,1,\nb,,""\n')
+    rows = Data(train=str(tmp_path / "rows.csv"), holdout=0).load(ROLES)["train"]
+    assert rows.to_list() == [
+        {"text": "a", "text_pair": None, "label": "1"},
+        {"text": "b", "text_pair": None, "label": None},
+    ]
+
+
+def test_a_gap_in_one_file_does_not_change_the_labels_of_another(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\n" + "".join(f"a,{i}\n" for i in range(11)))
+    (tmp_path / "test.csv").write_text("text,label\na,1\nb,\n")
+    splits = Data(train=str(tmp_path / "train.csv"), test=str(tmp_path / "test.csv"), holdout=0).load(ROLES)
+    task = Classification().resolved(splits["train"], "train.csv")
+    assert task.labels == tuple(map(str, range(11)))
+    assert splits["test"]["label"][0] in task.labels
+
+
+def test_a_csv_file_gives_the_numbers_of_a_regression(tmp_path: Path, bert: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\na,1\nb,-2.5\na,1e-3\n")
+    rows = Data(train=str(tmp_path / "rows.csv"), holdout=0).load(Regression.roles)["train"]
+    task = Regression()
+    assert task.encode(rows, task.processor(Base(path=str(bert))), "rows.csv")["labels"] == [1.0, -2.5, 1e-3]
+
+
+def test_files_that_are_read_together_have_the_same_columns(tmp_path: Path) -> None:
+    (tmp_path / "1.csv").write_text("text,label\na,x\n")
+    (tmp_path / "2.csv").write_text("label,text\ny,b\n")
+    data = Data(train=str(tmp_path / "*.csv"), holdout=0)
+    assert data.load(ROLES)["train"].to_list() == [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+    (tmp_path / "3.csv").write_text("text,intent\nc,x\n")
+    with pytest.raises(at.AttunementError, match=r"3.csv has the columns text, intent, and .*1.csv.* has text, label"):
+        data.load(ROLES)
+
+
+def test_a_file_is_found_under_brackets(tmp_path: Path) -> None:
+    folder = tmp_path / "[proj]"
+    folder.mkdir()
+    where = saved(folder, "csv")
+    assert len(Data(train=where, columns=COLUMNS, holdout=0).load(ROLES)["train"]) == len(ROWS)
+
+
+def test_a_role_that_is_given_a_column_takes_it_from_the_role_of_that_name(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion\na,b\n")
+    rows = Data(train=str(path), columns={"text": "completion"}, holdout=0).load(CausalLM.roles)["train"]
+    assert rows.to_list() == [{"prompt": "a", "text": "b"}]
+    for columns in ({"text": "prompt", "label": "prompt"}, {"text": "prompt", "text_pair": "prompt"}):
+        with pytest.raises(at.AttunementError, match="column 'prompt' has the role 'text' and cannot be"):
+            Data(train=str(path), columns=columns).load(ROLES)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_are_numbered_as_in_the_file_that_is_split(tmp_path: Path, bert: Path, seed: int) -> None:
+    lines = [f"film {i},{'up' if i % 2 else 'down'}" for i in range(1, 21)]
+    lines[16] = ",up"
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *lines]))
+    splits = Data(train=str(tmp_path / "rows.csv"), holdout=0.4, seed=seed).load(ROLES)
+    task = Classification(labels=("down", "up"))
+    processor = task.processor(Base(path=str(bert)))
+    holding = next(table for table in splits.values() if None in list(table["text"]))
+    with pytest.raises(at.AttunementError, match="row 17 has no text"):
+        task.encode(holding, processor, "rows.csv")
+
+
 def test_holdout_keeps_rows_apart(tmp_path: Path) -> None:
     splits = Data(train=saved(tmp_path, "csv"), columns=COLUMNS, holdout=0.25).load(ROLES)
     train, held = (set(splits[name]["text"]) for name in ("train", "eval"))
@@ -84,9 +167,12 @@ def test_labels_are_found_sorted_and_kept(bert: Path) -> None:
     assert encoded["length"] == [4, 3]
 
 
-def test_number_labels_sort_as_numbers() -> None:
-    found = Classification().resolved(table(text=["a"] * 3, label=[10, 9, 10]), "rows")
-    assert found.labels == ("9", "10")
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [([10, 9, 10], ("9", "10")), (["10", "9", "-1"], ("-1", "9", "10")), (["10", "9", "nan"], ("10", "9", "nan"))],
+)
+def test_number_labels_sort_as_numbers(labels: list, names: tuple) -> None:
+    assert Classification().resolved(table(text=["a"] * 3, label=labels), "rows").labels == names
 
 
 @pytest.mark.parametrize(
@@ -97,6 +183,11 @@ def test_number_labels_sort_as_numbers() -> None:
             "rows: expected at least two classes, all 2 rows have the label 'x'",
         ),
         ({"text": ["a", "b"], "label": ["x", None]}, "rows: row 2 has no label"),
+        ({"text": ["a", "b"], "label": [1.0, float("nan")]}, "rows: row 2 has no label"),
+        (
+            {"text": ["a", "b"], "label": [["x", "y"], []]},
+            r"rows: row 1 has the label \['x', 'y'\]; expected one class",
+        ),
     ],
 )
 def test_refused_classes(columns: dict, sentence: str) -> None:
@@ -116,6 +207,14 @@ def test_refused_rows(bert: Path, columns: dict, sentence: str) -> None:
     task = Classification(labels=("down", "up"))
     with pytest.raises(at.AttunementError, match=sentence):
         task.encode(table(**columns), task.processor(Base(path=str(bert))), "test.csv")
+
+
+def test_a_row_of_a_benchmark_without_its_answer_is_refused(bert: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=features)
+    task = Classification().resolved(rows, "test")
+    with pytest.raises(at.AttunementError, match=r"test: row 2 has no label \(it is -1\)"):
+        task.encode(rows, task.processor(Base(path=str(bert))), "test")
 
 
 @pytest.mark.parametrize("value", ["seven", None, float("nan")])

@@ -626,3 +626,11 @@ def test_bad_rows_are_refused_before_anything_is_written(attune: Attune, recipe:
     assert code == 2
     assert errors == f"{bad}: row 2 has no text in the column of the role 'text' (it is None)\n"
     assert not Path(recipe["output"]).exists()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_classes_are_those_of_all_rows_that_are_split(recipe: dict, tmp_path: Path, seed: int) -> None:
+    words = [*["up", "down"] * 4, "rare"]
+    (tmp_path / "few.csv").write_text("text,label\n" + "".join(f"a film,{word}\n" for word in words))
+    recipe["data"] = {"train": str(tmp_path / "few.csv"), "holdout": 0.5, "seed": seed}
+    assert prepare(read(Recipe, recipe, "recipe")).recipe.task.labels == ("down", "rare", "up")

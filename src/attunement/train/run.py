@@ -142,12 +142,15 @@ def prepare(recipe: Recipe) -> Run:
     Raises `AttunementError` for data, models and adapters that do not fit the recipe.
     """
     import transformers
+    from datasets import concatenate_datasets
 
     quiet()
     with main_process_first():
         tables = recipe.data.load(recipe.task.roles)
     where = {split: getattr(recipe.data, split) or recipe.data.train for split in tables}
-    task = recipe.task.resolved(tables["train"], where["train"])
+    held = "eval" in tables and not recipe.data.eval
+    every = concatenate_datasets([tables["train"], tables["eval"]]) if held else tables["train"]
+    task = recipe.task.resolved(every, where["train"])
     recipe = recipe.model_copy(update={"task": task})
     processor = task.processor(recipe.model)
     splits = {split: task.encode(table, processor, where[split]) for split, table in tables.items()}

@@ -14,7 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from attunement.errors import AttunementError, nearest
 from attunement.train.conversation import IGNORED, conversation
-from attunement.train.data import check_text, label_ids, label_names
+from attunement.train.data import check_text, label_ids, label_names, numbers
 from attunement.train.packing import Collator, check_packed, pack
 from attunement.train.section import Section
 from attunement.train.vocabulary import make_room, with_rows
@@ -222,7 +222,7 @@ class Regression(_Text):
         if "label" not in table.column_names:
             return encoded
         values = []
-        for number, value in enumerate(table["label"], 1):
+        for number, value in zip(numbers(table), table["label"][:], strict=True):
             try:
                 values.append(float(value))
             except (TypeError, ValueError):
@@ -318,11 +318,12 @@ class CausalLM(Task):
         return pack(rows, self.max_length)
 
     def encode(self, table: Dataset, processor: Any, where: str) -> Dataset:
-        names = set(table.column_names)
+        names = set(self.roles).intersection(table.column_names)
         if "messages" in names:
-            numbered = enumerate(table["messages"], 1)
+            numbered = zip(numbers(table), table["messages"], strict=True)
             pieces = (conversation(talk, processor, f"{where}: row {number}") for number, talk in numbered)
         elif {"prompt", "completion"} <= names:
+            check_text(table, "prompt", where, blank=True)
             check_text(table, "completion", where)
             pieces = (
                 self._completion(p, c, processor) for p, c in zip(table["prompt"], table["completion"], strict=True)
