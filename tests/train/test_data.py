@@ -255,3 +255,15 @@ def test_a_causal_task_says_which_columns_it_wants(llama: Path) -> None:
     task = CausalLM()
     with pytest.raises(at.AttunementError, match="needs the columns prompt and completion, or messages, or text"):
         task.encode(table(prompt=["a"]), task.processor(Base(path=str(llama))), "rows")
+
+
+def test_a_prompt_is_a_text_or_empty(llama: Path) -> None:
+    task, tokenizer = CausalLM(), CausalLM().processor(Base(path=str(llama)))
+    with pytest.raises(
+        at.AttunementError, match=r"rows: row 1 has no text in the column of the role 'prompt' \(it is 3\)"
+    ):
+        task.encode(table(prompt=[3], completion=["good"]), tokenizer, "rows")
+    with pytest.raises(at.AttunementError, match=r"row 1 has no text in the column of the role 'prompt'"):
+        task.answers(None, table(prompt=[3]), tokenizer, 8)
+    rows = task.encode(table(prompt=[None, ""], completion=["good"] * 2), tokenizer, "rows").to_list()
+    assert tokenizer.decode(rows[0]["input_ids"]) == tokenizer.decode(rows[1]["input_ids"]) == "[CLS] good [SEP]"

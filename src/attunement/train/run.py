@@ -267,8 +267,9 @@ def check_folder(recipe: Recipe, folder: Path, resume: bool, overwrite: bool) ->
     if not old.exists():
         return
     before, now = read(Recipe, mapping(old, "recipe", "model, data, task"), str(old)).settings(), recipe.settings()
-    if getattr(recipe.task, "labels", None) is None:
-        before.pop("task.labels", None)  # found in the rows by the first run
+    for found in ("labels", "chat"):  # in the rows, by the first run
+        if getattr(recipe.task, found, None) is None:
+            before.pop(f"task.{found}", None)
     for key in dict.fromkeys([*before, *now]):
         was, given = before.get(key), now.get(key)
         if was != given:

@@ -264,10 +264,17 @@ class CausalLM(Task):
     new_tokens: tuple[str, ...] = ()
     """Tokens to add to the vocabulary. Their embeddings, and their rows of an untied head, are learned and saved with the
     adapter beside what it says."""
+    chat: bool | None = None
+    """Whether `attune predict` asks a text as what a user says, under the chat template; without it, where the training
+    rows are `messages`."""
     end: str | None = None
     """The token that ends a completion, for a tokenizer that names none (or another): one of its vocabulary."""
 
     roles: ClassVar[dict[str, bool]] = {"prompt": False, "completion": False, "messages": False, "text": False}
+
+    def resolved(self, train: Dataset, where: str) -> CausalLM:
+        found = True if "messages" in train.column_names else None
+        return self if self.chat is not None else self.model_copy(update={"chat": found})
 
     def processor(self, base: Base) -> Any:
         from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoTokenizer
@@ -344,9 +351,7 @@ class CausalLM(Task):
         )
 
     def _completion(self, prompt: str, completion: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-        before = tokenizer(prompt).input_ids if prompt else _start(tokenizer)
-        if before and before[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
-            before = before[:-1]
+        before = _prompt(prompt, tokenizer)
         after = [*tokenizer(completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         return before + after, [IGNORED] * len(before) + after
 
@@ -375,14 +380,18 @@ class CausalLM(Task):
             raise AttunementError(
                 f"rows: expected a column prompt, messages or text, found {', '.join(rows.column_names)}"
             )
+        if role != "messages":
+            check_text(rows, role, "rows", blank=True)
         answers = []
         for row in rows[role]:
-            if role == "messages":
-                while row and row[-1]["role"] == "assistant":
-                    row = row[:-1]
-                ids = processor.apply_chat_template(row, add_generation_prompt=True, return_dict=False)
+            if role == "messages" or self.chat:
+                talk = row if role == "messages" else [{"role": "user", "content": row or ""}]
+                talk = [{key: value for key, value in message.items() if value is not None} for message in talk]
+                while talk and talk[-1]["role"] == "assistant":
+                    talk = talk[:-1]
+                ids = processor.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
             else:
-                ids = processor(row).input_ids or _start(processor)
+                ids = _prompt(row, processor) or _start(processor)
             given = torch.tensor([ids], device=next(model.parameters()).device)  # (1, tokens)
             said = model.generate(
                 input_ids=given,
@@ -457,6 +466,12 @@ def _dataset(**columns: Sequence[Any]) -> Dataset:
     from datasets import Dataset
 
     return Dataset.from_dict({**columns, "length": [len(ids) for ids in columns["input_ids"]]})
+
+
+def _prompt(text: str | None, tokenizer: Any) -> list[int]:
+    """The tokens of a prompt, on which a completion follows: some tokenizers end every text."""
+    ids: list[int] = tokenizer(text).input_ids if text else _start(tokenizer)
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _start(tokenizer: Any) -> list[int]:
