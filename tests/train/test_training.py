@@ -634,3 +634,24 @@ def test_the_classes_are_those_of_all_rows_that_are_split(recipe: dict, tmp_path
     (tmp_path / "few.csv").write_text("text,label\n" + "".join(f"a film,{word}\n" for word in words))
     recipe["data"] = {"train": str(tmp_path / "few.csv"), "holdout": 0.5, "seed": seed}
     assert prepare(read(Recipe, recipe, "recipe")).recipe.task.labels == ("down", "rare", "up")
+
+
+def test_rows_longer_than_the_positions_are_refused_before_training(recipe: dict, tmp_path: Path) -> None:
+    rows = ["text,label", "the film,up", f"{'the film ' * 300},down"]
+    (tmp_path / "long.csv").write_text("\n".join(rows))
+    recipe["data"] |= {"test": str(tmp_path / "long.csv")}
+    prepare(read(Recipe, recipe, "recipe"))
+    recipe["task"] |= {"max_length": 1024}
+    with pytest.raises(at.AttunementError, match=r"long.csv has a row of 602 tokens and the model reads at most 512"):
+        prepare(read(Recipe, recipe, "recipe"))
+    recipe["task"] |= {"max_length": 512}
+    prepare(read(Recipe, recipe, "recipe"))
+
+
+def test_a_model_that_reads_past_what_it_says_is_not_refused(recipe: dict, tmp_path: Path, llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text()) | {"max_position_embeddings": 16}
+    shutil.copytree(llama, tmp_path / "short")
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "the film " * 20}) + "\n")
+    recipe |= {"model": str(tmp_path / "short"), "task": "causal-lm"}
+    prepare(read(Recipe, recipe | {"data": {"train": str(tmp_path / "long.jsonl"), "holdout": 0}}, "recipe"))

@@ -157,6 +157,8 @@ def prepare(recipe: Recipe) -> Run:
     splits = {s: rows if s == "train" else by_length(rows) for s, rows in splits.items()}
     transformers.set_seed(recipe.seed)  # the head and the adapter start from the same values in every process
     model = task.model(recipe.model, processor)
+    for split, rows in splits.items():
+        task.fits(rows, model, processor, where[split])
     method, on = task.recipe(model, processor, *recipe.methods())
     data = calibration(model, splits["train"], task, processor, recipe.training.per_device_train_batch_size)
     adapter = at.adapt(model, method, on=on, name=recipe.name, data=data)

@@ -112,6 +112,27 @@ class Task(Section):
         """What a trainer reads of the encoded training rows. Raises `AttunementError` for a model that cannot."""
         return rows
 
+    def fits(self, rows: Any, model: Any, processor: Any, where: str) -> None:
+        """Have the longest row read once, where it is longer than the model or its tokenizer says that it reads.
+
+        Raises `AttunementError` for a model that has no positions for it; many models read on.
+        """
+        if "length" not in rows.column_names or not len(rows):
+            return
+        said = {getattr(model.base_model.config.get_text_config(), "max_position_embeddings", None)}
+        said |= {processor.model_max_length}
+        lengths = list(rows["length"])
+        longest = max(range(len(rows)), key=lengths.__getitem__)
+        limits = sorted((n for n in said if n and n < lengths[longest]), reverse=True)
+        if not limits or _reads(model, rows[longest], lengths[longest]):
+            return
+        known = next((n for n in limits if _reads(model, rows[longest], n)), None)
+        if known is not None:
+            raise AttunementError(
+                f"task.max_length: {where} has a row of {lengths[longest]} tokens and the model reads at most {known}; "
+                f"expected task.max_length={known} or less"
+            )
+
     @abstractmethod
     def encode(self, table: Dataset, processor: Any, where: str) -> Any:
         """Rows as model inputs, with labels where they have them; raises `AttunementError` for one it cannot use."""
@@ -516,6 +537,21 @@ def _image(value: Any, where: str) -> Any:
 def _beside(path: str, where: str) -> Path:
     beside = Path(where).parent / path
     return beside if beside.is_file() else Path(path)
+
+
+@torch.no_grad()
+def _reads(model: Any, row: dict[str, Any], length: int) -> bool:
+    """Whether a model takes the first tokens of a row."""
+    device, training = next(model.parameters()).device, model.training
+    inputs = {name: row[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in row}
+    model.eval()
+    try:
+        model(**{name: torch.tensor([ids[:length]], device=device) for name, ids in inputs.items()})  # (1, length)
+    except (RuntimeError, IndexError):
+        return False
+    finally:
+        model.train(training)
+    return True
 
 
 @torch.inference_mode()
