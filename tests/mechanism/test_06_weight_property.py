@@ -304,7 +304,9 @@ def test_merge_equals_forward_and_unmerge_is_bit_exact(recipe):
 def test_all_adapters_come_off_in_whatever_order_they_were_merged():
     model = tower(torch.float64)
     state = base_state(model)
-    adapters = [perturb(at.adapt(model, at.LoRA(rank=2), on="attention", name=name), seed) for seed, name in enumerate("xyz")]
+    adapters = [
+        perturb(at.adapt(model, at.LoRA(rank=2), on="attention", name=name), seed) for seed, name in enumerate("xyz")
+    ]
     for index in (1, 2, 0):
         adapters[index].merge()
     at.detach(model)

@@ -211,3 +211,24 @@ def test_what_is_written_is_read_as_the_same(read_back: Callable[[str], object])
         "numbers": [1, -2.5, 1e30, 1e-5, float("inf"), True, None],
     }
     assert read_back(written(values)) == values
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "ro*.csv", "./rows.csv", "rows[1].csv"])
+def test_files_beside_a_recipe_in_a_folder_with_brackets(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "[proj]"
+    folder.mkdir()
+    (folder / name.replace("*", "ws")).write_text("text,label\na,x\nb,y\n")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(MINIMAL | {"data": {"train": name, "holdout": 0}}))
+    recipe = load(folder / "recipe.yaml")
+    assert len(recipe.data.load(recipe.task.roles)["train"]) == 2
+    (folder / "again.yaml").write_text(yaml.safe_dump(recipe.plain()))
+    assert load(folder / "again.yaml").data == recipe.data
+
+
+def test_a_split_is_not_the_folder_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("train", "hub"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(MINIMAL | {"data": {"source": "hub", "train": "train"}}))
+    monkeypatch.chdir(tmp_path)
+    data = load("recipe.yaml").data
+    assert (data.source, data.train) == (str(tmp_path / "hub"), "train")

@@ -9,6 +9,7 @@ import glob
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import traceback
@@ -246,17 +247,25 @@ def placed(values: dict[str, Any], folder: Path) -> None:
         elif isinstance(value, list):
             values[key] = [_beside(one, folder) if isinstance(one, str) else one for one in value]
         elif isinstance(value, dict):
-            value |= {word: _beside(value[word], folder) for word in inner if isinstance(value.get(word), str)}
+            texts = {word: value[word] for word in inner if isinstance(value.get(word), str)}
+            value |= {
+                word: _beside(text, folder)
+                for word, text in texts.items()
+                if word in ("path", "source") or suffix_of(text) in READERS  # else a split, whatever folders there are
+            }
 
 
 def _beside(text: str, folder: Path) -> str:
     """A file, glob or folder as seen from `folder`, or the text as it is: a split, a module, a hub id."""
     path = Path(text).expanduser()
     is_file = suffix_of(text) in (*READERS, "py")
-    here, there = str(folder.absolute() / path), str(path.absolute())
-    found = [
-        place for place in (here, there) if (glob.glob(place, recursive=True) if is_file else Path(place).is_dir())
-    ]
+    here, found = str(folder.absolute() / path), []
+    for base in (folder.absolute(), Path.cwd()):
+        place, pattern = str(base / path), os.path.join(glob.escape(str(base)), path)
+        if Path(place).is_file() if is_file else Path(place).is_dir():
+            found.append(place)
+        elif is_file and glob.glob(pattern, recursive=True):
+            found.append(pattern)
     if found or text.startswith((".", "~")):
         return str(Path(found[0] if found else here).resolve()) if not is_file else (found or [here])[0]
     return text
