@@ -58,6 +58,14 @@ def exchanged(base: type, names: tuple[str, ...], extras: tuple[Extras, ...] = (
         _, _, *state = tuple(object.__reduce_ex__(self, protocol))
         return (_rebuilt, (base, names, extras), *state)
 
+    def register_parameter(self: Any, *args: Any, **kwargs: Any) -> None:
+        # asks whether there is an attribute of this name, which would compute what it reads as
+        plan = self.__dict__.pop("_attuned_plan", None)
+        try:
+            base.register_parameter(self, *args, **kwargs)  # type: ignore[attr-defined]
+        finally:
+            object.__setattr__(self, "_attuned_plan", plan)
+
     body: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -68,6 +76,7 @@ def exchanged(base: type, names: tuple[str, ...], extras: tuple[Extras, ...] = (
         "_attuned_bench": None,
         "_attuned_extras": extras,
         "forward": forward,
+        "register_parameter": register_parameter,
         **{name: _property(name) for name in names},
     }
     for extra in extras:

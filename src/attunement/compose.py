@@ -84,7 +84,10 @@ class Average(Composition):
 
 
 class Rows(Composition):
-    """Each row of the batch its own adapter, in one pass: `Rows(["banking", "legal", None])`; None is the bare base."""
+    """Each row of the batch its own adapter, in one pass: `Rows(["banking", "legal", None])`; None is the bare base.
+
+    Where a site cannot tell which row it serves, the model runs once per distinct adapter.
+    """
 
     def __init__(self, rows: Sequence[Active]) -> None:
         if isinstance(rows, (str, Composition)) or not len(rows):

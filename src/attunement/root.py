@@ -17,7 +17,7 @@ from attunement.compose import Active, Rows, checked, names_in
 from attunement.errors import AttunementError
 from attunement.part import Part
 from attunement.plan import Acting
-from attunement.rows import RowsPlan, generate_rows, rows_plan_of, run_rows
+from attunement.rows import Course, RowsElsewhere, RowsPlan, generate_rows, rows_plan_of, run_rows
 
 if TYPE_CHECKING:
     from attunement.adapter import Adapter
@@ -30,7 +30,10 @@ class Bench:
         adapters: by name.
         active: the active set as `use` was given it.
         rows: how many rows the active set serves, 0 where it does not distinguish rows.
+        applied: the active set whose plans are in place, `Rows` drawn to its top.
         repeat: how many copies of each row come, while `generate` expands beams or samples.
+        generating: whether `generate` is under way, which can begin again where a site cannot tell rows apart.
+        course: what plans have to know of the forward under way.
         frozen: whether each of the base's parameters required a gradient before the first adapter.
     """
 
@@ -38,20 +41,24 @@ class Bench:
         self.model = model
         self.adapters: dict[str, Adapter] = {}
         self.active: Active = None
+        self.applied: Active = None
         self.rows, self.repeat = 0, 1
+        self.generating = False
+        self.course = Course()
         self.elsewhere = False  # a plan says so from the start
         self.one_by_one = False  # a site cannot tell rows apart: the model runs once per distinct adapter
         self.hooks: dict[str, list[Any]] = {}
         self.tapped: list[Part] = []  # the parts that hold an x between two modules
         self.frozen: dict[str, bool] = {}
+        self.layers: list[nn.Module] = []  # which may recompute their activations
 
     # --- adapters come and go ---
 
     def add(self, adapter: Adapter) -> None:
         name = adapter.name
         if not self.adapters:
+            self.layers = [module for module in self.model.modules() if hasattr(module, "gradient_checkpointing")]
             for path, module in walk(self.model):
-                self._watch(module)
                 for word, parameter in module._parameters.items():
                     if parameter is not None:
                         self.frozen.setdefault(f"{path}.{word}" if path else word, parameter.requires_grad)
@@ -102,13 +109,10 @@ class Bench:
 
     def watch_recomputation(self) -> None:
         """Let every layer that recomputes its activations do so under the active set of its forward."""
-        for module in self.model.modules():
-            self._watch(module)
-
-    def _watch(self, module: nn.Module) -> None:
-        kept = module.__dict__.get("_gradient_checkpointing_func")
-        if kept is not None and not isinstance(kept, Recompute):
-            module._gradient_checkpointing_func = Recompute(kept, self)  # type: ignore[assignment]
+        for module in self.layers:
+            kept = module.__dict__.get("_gradient_checkpointing_func")
+            if kept is not None and not isinstance(kept, Recompute):
+                module._gradient_checkpointing_func = Recompute(kept, self)  # type: ignore[assignment]
 
     def _fast_layers(self, adapter: Adapter) -> Iterator[nn.Module]:
         """Encoder layers that would read weights past an adapted output; a hook legally turns that path off."""
@@ -136,15 +140,17 @@ class Bench:
         A backward pass may come after a `using` block has ended: its adapters must not stop requiring gradients.
         """
         tree = checked(active, self.adapters)
+        self.watch_recomputation()  # which may have been enabled on a model that this one is a part of
         self.apply(tree)
         self.active = active
-        self.tapped = [
-            part for name in dict.fromkeys(names_in(active)) for part in self.adapters[name].parts if part.taps
-        ]
         self.rows = len(tree.items) if isinstance(tree, Rows) else 0
         self.one_by_one = bool(self.rows) and (
             self.elsewhere or any(getattr(m, "batch_first", True) is False for m in self.model.modules())
         )
+        self.train(tree)
+
+    def train(self, active: Active) -> None:
+        """Let the trainable adapters of an active set require gradients, and leave others as they are."""
         for name in set(names_in(active)):
             if self.adapters[name].trainable:
                 _require(self.adapters[name], True)
@@ -166,7 +172,9 @@ class Bench:
                     modules[id(module)] = module
                     if id(part) not in gone:
                         held.setdefault(id(module), {}).setdefault(name, []).append((part, does))
-        plans = [rows_plan_of(m, tree, held.get(i, {})) for i, m in modules.items()]
+        plans = [rows_plan_of(m, tree, held.get(i, {}), self.course) for i, m in modules.items()]
+        self.applied = tree
+        self.tapped = [p for name in dict.fromkeys(names_in(tree)) for p in self.adapters[name].parts if p.taps]
         self.elsewhere = any(isinstance(plan, RowsPlan) and plan.elsewhere for plan in plans)
         for module, plan in zip(modules.values(), plans, strict=True):
             object.__setattr__(module, "_attuned_plan", plan)
@@ -224,27 +232,27 @@ class Recompute:
         self.checkpoint, self.bench = checkpoint, bench
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        bench, active = self.bench, self.bench.active
+        bench = self.bench
+        tree, batch = bench.applied, bench.course.batch
         if any(part.spans for part in bench.tapped):
             return function(*args, **kwargs)
         ran: list[bool] = []  # the first run is the forward's own, whose end lets go by itself
 
         def again(*inputs: Any, **options: Any) -> Any:
-            now = bench.active
             if not ran:
                 ran.append(True)
                 return function(*inputs, **options)
-            if now is active or now == active:
-                try:
-                    return function(*inputs, **options)
-                finally:
-                    bench.let_go()
-            bench.switch(active)
+            now, its, bench.course.batch = bench.applied, bench.course.batch, batch
+            if other := now is not tree and now != tree:
+                bench.apply(tree)
+                bench.train(tree)
             try:
                 return function(*inputs, **options)
             finally:
-                bench.switch(now)
                 bench.let_go()
+                bench.course.batch = its
+                if other:
+                    bench.apply(now)
 
         reentrant = getattr(self.checkpoint, "keywords", {}).get("use_reentrant", False)
         if reentrant and torch.is_grad_enabled():
@@ -305,11 +313,14 @@ def root_extras(base: type, forward: Callable[..., Any]) -> dict[str, Any]:
         repeat = [kwargs.get(w, getattr(config, w, None)) or 1 for w in ("num_beams", "num_return_sequences")]
         if bench.one_by_one:
             return generate_rows(bench, base.generate, args, kwargs)  # type: ignore[attr-defined]
-        bench.repeat = max(repeat)
+        bench.repeat, bench.generating = max(repeat), True
         try:
             return base.generate(self, *args, **kwargs)  # type: ignore[attr-defined]
+        except RowsElsewhere:
+            bench.one_by_one = True
         finally:
-            bench.repeat = 1
+            bench.repeat, bench.generating = 1, False
+        return generate_rows(bench, base.generate, args, kwargs)  # type: ignore[attr-defined]
 
     def _set_gradient_checkpointing(self: Any, *args: Any, **kwargs: Any) -> None:
         base._set_gradient_checkpointing(self, *args, **kwargs)  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,23 +24,58 @@ if TYPE_CHECKING:
     from attunement.root import Bench
 
 _version = operator.attrgetter("_version")
-_running = [0]
-"""How many models are in a forward with rows at the moment: reading a weight means computing with it only then."""
 
 
-class RowsElsewhere(Exception):  # noqa: N818 - a signal to the root's forward, not an error a user sees
+class RowsElsewhere(AttunementError):  # noqa: N818 - a signal to the root, and an error where no root is there to hear it
     """A site cannot tell which row of the batch it serves: the model has to run once per distinct adapter."""
 
+    def __str__(self) -> str:
+        return (
+            "Rows: a site of this model cannot tell rows apart, and only a call of the adapted model itself can run once "
+            "per adapter; call that, or run each adapter by itself under `using`"
+        )
 
-def rows_plan_of(module: nn.Module, active: Active, held: Mapping[str, Sequence[Acting]]) -> Plan | RowsPlan | None:
+
+class Batch(NamedTuple):
+    """What the root was given in the forward under way.
+
+    Attributes:
+        size: how many rows, copies included; 0 where the root was not called.
+        lengths: how many entries each row has in the tensors that have one line for each row.
+        loose: whether the entries of a tensor belong to rows in a way that its shape does not tell.
+    """
+
+    size: int = 0
+    lengths: tuple[int, ...] = ()
+    loose: bool = False
+
+
+class Course:
+    """What the plans of a model share with its root.
+
+    Attributes:
+        batch: what the forward under way was given, where it distinguishes rows.
+        batch_first: whether a site was seen that has rows first (True), or one that seems to have tokens first (False).
+    """
+
+    def __init__(self) -> None:
+        self.batch = Batch()
+        self.batch_first: bool | None = None
+
+
+def rows_plan_of(
+    module: nn.Module, active: Active, held: Mapping[str, Sequence[Acting]], course: Course
+) -> Plan | RowsPlan | None:
     """The plan of one module for any active set; see `plan.plan_of`."""
     if not isinstance(active, Rows):
         return plan_of(module, active, held)
     distinct = list(dict.fromkeys(active.items))
     plans = [plan_of(module, item, held) for item in distinct]
+    if len(distinct) == 1:
+        return plans[0]
     if all(plan is None for plan in plans):
         return None
-    return RowsPlan(module, plans, [distinct.index(item) for item in active.items])
+    return RowsPlan(module, plans, [distinct.index(item) for item in active.items], course)
 
 
 class RowsPlan:
@@ -52,9 +87,9 @@ class RowsPlan:
         index: for each row the position of its plan, (rows,).
     """
 
-    def __init__(self, module: nn.Module, plans: list[Plan | None], index: list[int]) -> None:
+    def __init__(self, module: nn.Module, plans: list[Plan | None], index: list[int], course: Course) -> None:
         self.forward: Callable[..., Any] = base_of(type(module)).forward  # type: ignore[attr-defined]
-        self.plans, self.index, self.rows = plans, index, len(index)
+        self.plans, self.index, self.rows, self.course = plans, index, len(index), course
         self.members = [[row for row, i in enumerate(index) if i == which] for which in range(len(plans))]
         self.batched = all(
             plan is None
@@ -72,17 +107,21 @@ class RowsPlan:
         tapped = [part for part in (*leaving, *(part for plan in some for part in plan.taps)) if part.taps]
         # one part cannot keep the x of two groups of rows, and what is around a forward sees the whole of it
         self.elsewhere = len(set(tapped)) < len(tapped) or any(p.around or p.attends or p.heard for p in some)
-        trees = (tree for plan in some for tree in (plan.enters, plan.leaves) if tree is not None)
-        self.elsewhere |= any(part.joins for tree in trees for part in tree.parts())  # rows of other lengths
+        trees = [tree for p in some for tree in (p.enters, p.leaves, p.beside, *p.parameters.values()) if tree]
+        parts = {id(part): part for tree in trees for part in tree.parts()}
+        self.elsewhere |= any(part.joins for part in parts.values())  # rows of other lengths
+        parts |= {id(part): part for plan in some for part, _ in plan.terms or ()}
+        roles = {part.site.place.role for part in parts.values()}
+        self.elsewhere |= any(role == "embedding.relative" or role.startswith("experts") for role in roles)
         self.layout: Any = next((plan.layout for plan in some), None)
-        parts = {id(p): p for plan in some for p, _ in plan.terms or ()}.values()
-        self._owners = list({id(o): o for p in parts for o in (p.holder, *p.common)}.values())
-        self._reads = any(part.reads_weight for part in parts)
-        self._asks = any(part.method.asks for part in parts)
+        parts = {id(p): p for plan in some for p, _ in plan.terms or ()}
+        self._owners = list({id(o): o for p in parts.values() for o in (p.holder, *p.common)}.values())
+        self._reads = any(part.reads_weight for part in parts.values())
+        self._asks = any(part.method.asks for part in parts.values())
         self._gathered: tuple[Any, ...] | None = None
 
     def parameter(self, module: nn.Module, name: str, base: Any) -> Any:
-        if not _running[0] or all(plan is None or name not in plan.parameters for plan in self.plans):
+        if all(plan is None or name not in plan.parameters for plan in self.plans):
             return base
         raise RowsElsewhere
 
@@ -90,15 +129,14 @@ class RowsPlan:
         if len(args) + len(kwargs) != 1 or self.elsewhere:
             raise RowsElsewhere
         x = args[0] if args else next(iter(kwargs.values()))
-        if not isinstance(x, Tensor) or x.dim() < 2:
+        if not isinstance(x, Tensor) or x.dim() < 2 or (isinstance(module, nn.Embedding) and x.is_floating_point()):
             raise RowsElsewhere
-        if isinstance(module, nn.Embedding) and (x.is_floating_point() or x.shape[0] not in (1, self.rows)):
-            raise RowsElsewhere
-        if x.shape[0] == 1 and self.rows > 1:
-            x = x.expand(self.rows, *x.shape[1:])
-        if x.shape[0] % self.rows:
-            raise RowsElsewhere
-        repeat = x.shape[0] // self.rows  # windows and beams: each row's stand together
+        size = self.course.batch.size or self.rows
+        if x.shape[0] == 1 and isinstance(module, nn.Embedding):  # positions, the same for all rows
+            x = x.expand(size, *x.shape[1:])
+        else:
+            self._check(module, x, size)
+        repeat = x.shape[0] // self.rows  # each row's stand together, as windows and beams do
         if self.batched:
             return self._run_batched(module, x, repeat)
         y: Tensor | None = None
@@ -115,6 +153,27 @@ class RowsPlan:
             y = y.index_copy(0, rows, some)
         assert y is not None
         return y
+
+    def _check(self, module: Any, x: Tensor, size: int) -> None:
+        """Raise unless x is (size * entries, ...), the entries of each row one after the other."""
+        course, count = self.course, x.shape[0]
+        if isinstance(module, nn.Embedding):  # ids may be relative positions (tokens, tokens)
+            if count != size or (x.shape[1] == size and not course.batch_first):
+                raise RowsElsewhere
+        elif self.layout is not None and self.layout.channels == 1:
+            if x.dim() != module._parameters["weight"].dim():
+                raise RowsElsewhere
+        elif x.dim() > 2 and (count != size or not course.batch_first):
+            if x.shape[1] == size:  # (tokens, batch, width) as far as one can see
+                course.batch_first = course.batch_first if count == size else False
+                raise RowsElsewhere
+            if count == size and course.batch_first is None:
+                course.batch_first = True
+        if count != size:
+            batch = course.batch
+            chance = x.dim() == 2 and count // size not in batch.lengths  # of routed tokens any number may come
+            if count % size or chance or batch.loose or not batch.size:
+                raise RowsElsewhere
 
     def _run_batched(self, module: Any, x: Tensor, repeat: int) -> Tensor:
         y = (
@@ -171,18 +230,26 @@ def run_rows(bench: Bench, forward: Callable[..., Any], args: tuple[Any, ...], k
         came = sizes[0] if sizes else "no batch"
         copies = f" for {bench.repeat} copies each" if bench.repeat > 1 else ""
         raise AttunementError(f"Rows names {bench.rows} rows, but the batch has {came}{copies}")
+    given = [*args, *kwargs.values()]
+    loose = [v for v in given if isinstance(v, Tensor) and _loose(v, sizes[0])]
     if not bench.one_by_one:
+        before = bench.course.batch
+        rows = (v for v in given if isinstance(v, Tensor) and v.dim() > 1 and v.shape[0] == sizes[0])
+        bench.course.batch = Batch(sizes[0], tuple(v.shape[1] for v in rows), bool(loose))
         try:
-            _running[0] += 1
             return forward(bench.model, *args, **kwargs)
         except RowsElsewhere:
             bench.one_by_one = True
+            if bench.generating:
+                raise
         finally:
-            _running[0] -= 1
-    if any(kwargs.get(word) is not None for word in ("past_key_values", "cache_params")):
+            bench.course.batch = before
+    if loose:
         raise AttunementError(
-            "Rows: a site of this model cannot tell rows apart, so a cache cannot be shared; pass use_cache=False"
+            f"Rows: a site of this model cannot tell rows apart, and a tensor {tuple(loose[0].shape)} does not say which "
+            f"of its entries belong to which of {sizes[0]} rows; run each adapter by itself under `using`"
         )
+    _share_no_cache(kwargs)
     if "use_cache" in inspect.signature(forward).parameters:
         kwargs = {**kwargs, "use_cache": False}
     tree = checked(bench.active, bench.adapters)
@@ -201,6 +268,19 @@ def run_rows(bench: Bench, forward: Callable[..., Any], args: tuple[Any, ...], k
     return _joined(results, members, sizes[0])
 
 
+def _loose(value: Tensor, batch: int) -> bool:
+    """Whether entries belong to rows unseen (three images here, one there); a vector and a mask (T, T) serve every row."""
+    square = value.dim() == 2 and value.shape[0] == value.shape[1]
+    return value.dim() > 1 and value.shape[0] not in (1, batch) and not square
+
+
+def _share_no_cache(kwargs: Mapping[str, Any]) -> None:
+    if any(kwargs.get(word) is not None for word in ("past_key_values", "cache_params")):
+        raise AttunementError(
+            "Rows: a site of this model cannot tell rows apart, so a cache cannot be shared; pass use_cache=False"
+        )
+
+
 def generate_rows(bench: Bench, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """What a model generates when it runs once per distinct adapter: the rows filled up to the longest with pads."""
     tree, rows = checked(bench.active, bench.adapters), bench.rows
@@ -208,6 +288,7 @@ def generate_rows(bench: Bench, generate: Callable[..., Any], args: tuple[Any, .
     sizes = [v.shape[0] for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()]
     if not sizes or sizes[0] != rows:
         raise AttunementError(f"Rows names {rows} rows, but the batch has {sizes[0] if sizes else 'no tensor'}")
+    _share_no_cache(kwargs)
     found: list[Tensor | None] = [None] * rows
     try:
         bench.rows = 0

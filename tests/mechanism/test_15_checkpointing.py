@@ -171,3 +171,41 @@ def test_nothing_of_the_graph_stays_after_recomputation(reentrant, make):
     model(ids())[0].pow(3).sum().backward()
     assert all(close(value, expected[key], 1e-4) for key, value in gradients(adapter).items())
     assert torch.equal(copy.deepcopy(model)(ids())[0], out)
+
+
+def test_enabled_on_the_whole_where_a_part_is_adapted():
+    from transformers import BertForSequenceClassification
+
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        inner = bert()
+        model = BertForSequenceClassification(inner.config).train()
+        adapters = [perturb(at.adapt(model.bert, RECIPE["mixed"], name=name), seed=i) for i, name in enumerate("ab")]
+        if checkpointing:
+            enable(model, False)
+        with at.using(model.bert, "a"):
+            loss = model(input_ids=ids()).logits.pow(3).sum()
+        loss.backward()
+        found.append((loss.detach(), {n: p.grad for n, p in adapters[0].named_parameters()}))
+    equal(found[1], found[0])
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_rows_that_run_one_adapter_after_the_other(reentrant, when):
+    found = []
+    for checkpointing in (False, True):
+        model = llama().train()
+        if checkpointing and when == "before":
+            enable(model, reentrant)
+        recipe = {"mlp": at.Bottleneck(size=3, style="parallel"), "attention": at.Bottleneck(size=3)}
+        adapters = [perturb(at.adapt(model, recipe, name=name), seed=i) for i, name in enumerate("ab")]
+        if checkpointing and when == "after":
+            enable(model, reentrant)
+        with at.using(model, at.Rows(["a", at.Stack("a", "b"), "a"])):
+            loss = model(ids()).logits.pow(3).sum()
+            assert model._attuned_bench.one_by_one
+        loss.backward()
+        found.append((loss.detach(), {(x.name, n): p.grad for x in adapters for n, p in x.named_parameters()}))
+    equal(found[1], found[0])
