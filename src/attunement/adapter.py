@@ -353,7 +353,13 @@ def use(model: nn.Module, active: Active) -> None:
 
 @contextlib.contextmanager
 def using(model: nn.Module, active: Active) -> Iterator[None]:
-    """The active set within a `with` block; the one before it comes back afterwards."""
+    """The active set within a `with` block; the one before it comes back afterwards.
+
+    A backward pass may come after the block, also where checkpoints compute parts of the forward again. Three things are
+    computed again under what is active by then, so that `backward` belongs inside the block: a module compiled by itself
+    within a checkpoint written by hand, reentrant checkpoints one within another, and checkpoints by hand where several
+    threads run or switch the model.
+    """
     bench = bench_of(model)
     before = bench.active
     bench.switch(active)

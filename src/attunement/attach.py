@@ -12,9 +12,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from attunement.site import base_of
+
+_compiling, _backward = torch.compiler.is_dynamo_compiling, torch._C._current_graph_task_id
 
 _classes: dict[tuple[type, tuple[str, ...], tuple[Any, ...]], type] = {}
 
@@ -23,6 +26,8 @@ def _property(name: str) -> property:
     def read(self: nn.Module) -> Any:
         base = self._parameters[name]
         plan = self._attuned_plan
+        if not _compiling() and _backward() != -1 and self._attuned_course is not None:
+            plan, _ = self._attuned_course.recall(self)  # type: ignore[operator, union-attr]
         if plan is None or (base is not None and (base.is_meta or hasattr(base, "placements"))):
             return base  # sharding and offloading read what rests here, to bring it to where it is used
         try:
@@ -47,6 +52,8 @@ def exchanged(base: type, names: tuple[str, ...], extras: tuple[Extras, ...] = (
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # somebody who put a forward of their own on the instance may still call this one when the class is restored
         plan = getattr(self, "_attuned_plan", None)
+        if not _compiling() and _backward() != -1 and getattr(self, "_attuned_course", None) is not None:
+            return self._attuned_course.again(forward, self, args, kwargs)
         if plan is None:
             return inner(self, *args, **kwargs)
         return plan.run(self, args, kwargs)
@@ -73,6 +80,7 @@ def exchanged(base: type, names: tuple[str, ...], extras: tuple[Extras, ...] = (
         "__reduce_ex__": __reduce_ex__,
         "_attuned_base": base,
         "_attuned_plan": None,
+        "_attuned_course": None,
         "_attuned_bench": None,
         "_attuned_extras": extras,
         "forward": forward,
@@ -108,6 +116,7 @@ def restore(module: nn.Module) -> None:
     cls = type(module)
     base = base_of(cls)
     module.__dict__.pop("_attuned_plan", None)
+    module.__dict__.pop("_attuned_course", None)
     module.__dict__.pop("_attuned_now", None)
     module.__class__ = base
     _rebind(module, cls, base)

@@ -14,10 +14,11 @@ from attunement.anatomy import CONTAINER, walk
 from attunement.attach import exchange, restore
 from attunement.attention import attention_extras
 from attunement.compose import Active, Rows, checked, names_in
+from attunement.course import Course
 from attunement.errors import AttunementError
 from attunement.part import Part
 from attunement.plan import Acting
-from attunement.rows import Course, RowsElsewhere, RowsPlan, generate_rows, rows_plan_of, run_rows
+from attunement.rows import RowsElsewhere, RowsPlan, generate_rows, rows_plan_of, run_rows
 
 if TYPE_CHECKING:
     from attunement.adapter import Adapter
@@ -44,7 +45,7 @@ class Bench:
         self.applied: Active = None
         self.rows, self.repeat = 0, 1
         self.generating = False
-        self.course = Course()
+        self.course = Course(self)
         self.elsewhere = False  # a plan says so from the start
         self.one_by_one = False  # a site cannot tell rows apart: the model runs once per distinct adapter
         self.hooks: dict[str, list[Any]] = {}
@@ -143,7 +144,6 @@ class Bench:
         self.watch_recomputation()  # which may have been enabled on a model that this one is a part of
         self.apply(tree)
         self.active = active
-        self.rows = len(tree.items) if isinstance(tree, Rows) else 0
         self.one_by_one = bool(self.rows) and (
             self.elsewhere or any(getattr(m, "batch_first", True) is False for m in self.model.modules())
         )
@@ -163,6 +163,21 @@ class Bench:
 
     def apply(self, tree: Active) -> None:
         """Put the plans of an active set in place, all made before the first is exchanged."""
+        plans = self.plans(tree)
+        if not self.course.past:
+            self.course.note(self.applied)
+        self.elsewhere = any(isinstance(plan, RowsPlan) and plan.elsewhere for plan in plans.values())
+        self.applied = tree
+        self.rows = len(tree.items) if isinstance(tree, Rows) else 0
+        self.tapped = [p for name in dict.fromkeys(names_in(tree)) for p in self.adapters[name].parts if p.taps]
+        self.course.bench = self
+        for module, plan in plans.items():
+            object.__setattr__(module, "_attuned_plan", plan)
+            object.__setattr__(module, "_attuned_course", self.course)
+        self.course.note(tree)
+
+    def plans(self, tree: Active) -> dict[nn.Module, Any]:
+        """What each adapted module does under an active set."""
         modules: dict[int, nn.Module] = {}
         held: dict[int, dict[str, list[Acting]]] = {}
         for name, adapter in self.adapters.items():
@@ -172,12 +187,7 @@ class Bench:
                     modules[id(module)] = module
                     if id(part) not in gone:
                         held.setdefault(id(module), {}).setdefault(name, []).append((part, does))
-        plans = [rows_plan_of(m, tree, held.get(i, {}), self.course) for i, m in modules.items()]
-        self.applied = tree
-        self.tapped = [p for name in dict.fromkeys(names_in(tree)) for p in self.adapters[name].parts if p.taps]
-        self.elsewhere = any(isinstance(plan, RowsPlan) and plan.elsewhere for plan in plans)
-        for module, plan in zip(modules.values(), plans, strict=True):
-            object.__setattr__(module, "_attuned_plan", plan)
+        return {m: rows_plan_of(m, tree, held.get(i, {}), self.course) for i, m in modules.items()}
 
     def let_go(self) -> None:
         """Drop what taps still hold when a forward or a recomputation stopped half way."""
@@ -242,7 +252,9 @@ class Recompute:
             if not ran:
                 ran.append(True)
                 return function(*inputs, **options)
-            now, its, bench.course.batch = bench.applied, bench.course.batch, batch
+            course, now = bench.course, bench.applied
+            its, task = course.batch, course.task
+            course.batch, course.task = batch, torch._C._current_graph_task_id()
             if other := now is not tree and now != tree:
                 bench.apply(tree)
                 bench.train(tree)
@@ -250,9 +262,9 @@ class Recompute:
                 return function(*inputs, **options)
             finally:
                 bench.let_go()
-                bench.course.batch = its
                 if other:
                     bench.apply(now)
+                course.batch, course.task = its, task
 
         reentrant = getattr(self.checkpoint, "keywords", {}).get("use_reentrant", False)
         if reentrant and torch.is_grad_enabled():
@@ -287,6 +299,8 @@ def root_extras(base: type, forward: Callable[..., Any]) -> dict[str, Any]:
     @functools.wraps(forward)
     def root_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         bench = getattr(self, "_attuned_bench", None)
+        if bench is not None and torch.is_grad_enabled():
+            bench.course.meet()
         if bench is None or not (bench.rows or bench.tapped):
             return forward(self, *args, **kwargs)
         try:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attunement.compose import Active, Rows, checked
+from attunement.course import Batch, Course
 from attunement.errors import AttunementError
 from attunement.method import split
 from attunement.plan import Acting, Plan, plan_of
@@ -34,33 +35,6 @@ class RowsElsewhere(AttunementError):  # noqa: N818 - a signal to the root, and 
             "Rows: a site of this model cannot tell rows apart, and only a call of the adapted model itself can run once "
             "per adapter; call that, or run each adapter by itself under `using`"
         )
-
-
-class Batch(NamedTuple):
-    """What the root was given in the forward under way.
-
-    Attributes:
-        size: how many rows, copies included; 0 where the root was not called.
-        lengths: how many entries each row has in the tensors that have one line for each row.
-        loose: whether the entries of a tensor belong to rows in a way that its shape does not tell.
-    """
-
-    size: int = 0
-    lengths: tuple[int, ...] = ()
-    loose: bool = False
-
-
-class Course:
-    """What the plans of a model share with its root.
-
-    Attributes:
-        batch: what the forward under way was given, where it distinguishes rows.
-        batch_first: whether a site was seen that has rows first (True), or one that seems to have tokens first (False).
-    """
-
-    def __init__(self) -> None:
-        self.batch = Batch()
-        self.batch_first: bool | None = None
 
 
 def rows_plan_of(
@@ -236,6 +210,7 @@ def run_rows(bench: Bench, forward: Callable[..., Any], args: tuple[Any, ...], k
         before = bench.course.batch
         rows = (v for v in given if isinstance(v, Tensor) and v.dim() > 1 and v.shape[0] == sizes[0])
         bench.course.batch = Batch(sizes[0], tuple(v.shape[1] for v in rows), bool(loose))
+        bench.course.note(bench.applied)
         try:
             return forward(bench.model, *args, **kwargs)
         except RowsElsewhere:
@@ -291,7 +266,6 @@ def generate_rows(bench: Bench, generate: Callable[..., Any], args: tuple[Any, .
     _share_no_cache(kwargs)
     found: list[Tensor | None] = [None] * rows
     try:
-        bench.rows = 0
         for item in dict.fromkeys(tree.items):
             index = [row for row, own in enumerate(tree.items) if own == item]
             bench.apply(item)
@@ -302,7 +276,6 @@ def generate_rows(bench: Bench, generate: Callable[..., Any], args: tuple[Any, .
             for row, ids in zip(index, made.view(len(index), -1, made.shape[-1]), strict=True):
                 found[row] = ids  # (copies, tokens)
     finally:
-        bench.rows = rows
         bench.apply(tree)
     config: Any = kwargs.get("generation_config") or getattr(bench.model, "generation_config", None)
     pad = kwargs.get("pad_token_id", getattr(config, "pad_token_id", None)) or 0

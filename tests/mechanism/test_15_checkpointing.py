@@ -209,3 +209,106 @@ def test_rows_that_run_one_adapter_after_the_other(reentrant, when):
         loss.backward()
         found.append((loss.detach(), {(x.name, n): p.grad for x in adapters for n, p in x.named_parameters()}))
     equal(found[1], found[0])
+
+
+class ByHand(torch.nn.Module):
+    """torch's own function around each block of a tower, or around nothing."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.tower, self.reentrant = tower(), reentrant
+
+    def forward(self, given):
+        x = self.tower.embedding(given)
+        if self.reentrant is not None and not x.requires_grad:
+            x = x.detach().requires_grad_()
+        for block in self.tower.blocks:
+            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+        return self.tower.norm(x)
+
+
+def by_hand(recipe, reentrant, backward):
+    model = ByHand(reentrant).train()
+    adapters = [perturb(at.adapt(model, RECIPES[recipe](), name=name), seed=i) for i, name in enumerate("ab")]
+    backward(model)
+    return torch.zeros(()), {(x.name, n): p.grad for x in adapters for n, p in x.named_parameters()}
+
+
+def after_the_block(model):
+    with at.using(model, "a"):
+        loss = model(ids()).pow(3).sum()
+    loss.backward()
+
+
+def three_at_once(model):
+    losses = []
+    for what in ("a", at.Stack("b", "a"), None):
+        with at.using(model, what):
+            losses.append(model(ids()).pow(3).sum())
+    (losses[0] - 2 * losses[1]).backward()
+
+
+def rows(model):
+    with at.using(model, at.Rows(["a", "b", None])):
+        loss = model(ids()).pow(3).sum()
+    loss.backward()
+
+
+@pytest.mark.parametrize("backward", [after_the_block, three_at_once, rows])
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_by_hand_whatever_is_active_at_the_backward(reentrant, recipe, backward):
+    equal(by_hand(recipe, reentrant, backward), by_hand(recipe, None, backward))
+
+
+def test_an_adapter_that_is_gone_before_the_backward():
+    model = ByHand(False).train()
+    adapters = [perturb(at.adapt(model, RECIPES["lora"](), name=name)) for name in "ab"]
+    with at.using(model, "a"):
+        loss = model(ids()).pow(3).sum()
+    adapters[0].detach()
+    with pytest.raises(at.AttunementError, match=r"computed again.*'a'"):
+        loss.backward()
+
+
+def test_whoever_switches_in_a_backward_pass_is_right():
+    model = ByHand(None).train()
+    for i, name in enumerate("ab"):
+        perturb(at.adapt(model, RECIPES["lora"](), name=name), seed=i)
+    seen = []
+
+    def look(_):
+        with torch.no_grad(), at.using(model, "b"):
+            seen.append(model(ids()))
+
+    with at.using(model, "a"):
+        out = model(ids())
+    out.register_hook(look)
+    out.sum().backward()
+    with at.using(model, "b"):
+        assert torch.equal(seen[0], model(ids()))
+
+
+def test_a_copy_and_another_thread():
+    import threading
+
+    model = ByHand(False).train()
+    for i, name in enumerate("ab"):
+        perturb(at.adapt(model, RECIPES["lora"](), name=name), seed=i)
+    found = {}
+
+    def train(name, model):
+        loss = model(ids()).pow(3).sum()
+        if name == "copy":
+            at.use(model, "a")
+        loss.backward()
+        found[name] = gradients(at.adapters(model)["b"])
+        model.zero_grad()
+
+    train("here", model)
+    train("copy", copy.deepcopy(model))
+    thread = threading.Thread(target=train, args=("thread", model))
+    thread.start()
+    thread.join()
+    for name in ("copy", "thread"):
+        assert all(close(value, found["here"][key], 1e-4) for key, value in found[name].items())
