@@ -348,7 +348,13 @@ def root_extras(base: type, forward: Callable[..., Any]) -> dict[str, Any]:
             "resize_token_embeddings: resize before adapting; an adapter keeps to the sizes it was made for"
         )
 
+    def get_parameter(self: Any, target: str) -> Any:
+        path, _, name = target.rpartition(".")
+        held = self.get_submodule(path)._parameters.get(name)  # what reads as the adapted value is no parameter
+        return base.get_parameter(self, target) if held is None else held  # type: ignore[attr-defined]
+
     extras = {
+        "get_parameter": get_parameter,
         "save_pretrained": save_pretrained,
         "generate": generate,
         "_set_gradient_checkpointing": _set_gradient_checkpointing,

@@ -314,3 +314,16 @@ def test_a_tied_weight_wants_gradients_again_under_both_names(make):
     adapter.merge(untie=True, keep=False)
     adapter.detach()
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == []
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_ties_are_made_again_beside_an_adapter(end):
+    model = MAKE["llama"]()
+    name = name_of(model, both(model)[end])
+    perturb(at.adapt(model, {name: at.LoRA(rank=2)}), scale=0.3)
+    out = logits(model, ids())
+    model.tie_weights()
+    one, other = both(model)
+    assert one._parameters["weight"] is other._parameters["weight"]
+    assert model.get_parameter(f"{name}.weight") is one._parameters["weight"]
+    assert torch.equal(logits(model, ids()), out)
