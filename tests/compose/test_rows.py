@@ -206,7 +206,7 @@ def llama():
         (llama, "*", False),
         (gpt2, "embedding.position", False),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 @pytest.mark.parametrize("tokens", [7, 2])
 def test_generates_the_same_at_each_call(make, on, several, tokens):
