@@ -58,7 +58,8 @@ class Bench:
     def add(self, adapter: Adapter) -> None:
         name = adapter.name
         if not self.adapters:
-            self.layers = [module for module in self.model.modules() if hasattr(module, "gradient_checkpointing")]
+            words = ("gradient_checkpointing", "_gradient_checkpointing_func")
+            self.layers = [module for module in self.model.modules() if any(hasattr(module, word) for word in words)]
             for path, module in walk(self.model):
                 for word, parameter in module._parameters.items():
                     if parameter is not None:
