@@ -19,6 +19,10 @@ from attunement.errors import AttunementError
 from attunement.part import Part
 from attunement.site import LINEAR, PLAIN, LinearLayout, QuantisedLayout, base_of, working_dtype
 
+_compiling, _transforms = torch.compiler.is_dynamo_compiling, torch._C._functorch.peek_interpreter_stack
+APART, ONTO = (torch.addmm, torch.add), (Tensor.addmm_, Tensor.add_)
+"""Sums: in a tensor of their own, or in the output that the same call has made."""
+
 
 class Plan:
     """What one module does under the active set.
@@ -203,6 +207,7 @@ class BesidePlan(Plan):
             shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
         W = held["weight"]
         y = F.linear(x, W, held["bias"]) if self.plain else self.layout.call(module, x, W, held["bias"])
+        addmm, add = APART if _compiling() or _transforms() is not None else ONTO
         for part, gain in self.terms:
             if part.direct and self.plain:
                 values = [(h._parameters if own else h._buffers)[name] for h, own, name in part.direct]
@@ -217,7 +222,7 @@ class BesidePlan(Plan):
                 if link.dtype is not z.dtype:
                     link = link.to(z.dtype)
                 z = F.linear(z, link) if link.dim() == 2 else z * link
-            y = torch.addmm(y, z, links[0].to(z.dtype).t()) if fused else y + z
+            y = addmm(y, z, links[0].to(z.dtype).t()) if fused else add(y, z)
         return y if shape is None else y.view(*shape, y.shape[-1])
 
 

@@ -132,6 +132,30 @@ def test_functional_call_reaches_the_adapter(recipe):
     assert all(p.grad is None for p in adapter.parameters())
 
 
+@pytest.mark.parametrize("graded", [False, True])
+def test_functional_transforms_reach_the_adapter(graded):
+    """Over a stack of adapters, rows alone and tangents: no sum may be made in a tensor that has not their levels."""
+    model = tower()
+    adapter = adapted(model, "lora")
+    names = {id(p) for p in adapter.parameters()}
+    one = {name: p.detach() for name, p in model.named_parameters() if id(p) in names}
+    stack = {name: torch.stack([p, 2 * p, -p]) for name, p in one.items()}
+    batch = ids()
+
+    def run(given):
+        return torch.func.functional_call(model, given, (batch,))
+
+    with torch.set_grad_enabled(graded):
+        out = torch.func.vmap(run)(stack)
+        for i in range(3):
+            assert close(out[i].detach(), run({name: p[i] for name, p in stack.items()}).detach())
+        _, pushed = torch.func.jvp(run, (one,), (one,))
+        gradient = torch.func.grad(lambda given: run(given).pow(3).sum())(one)
+        slope = 3 * (run(one) ** 2 * pushed).sum()
+    assert slope.abs() > 1
+    assert close(sum((gradient[name] * p).sum() for name, p in one.items()), slope.detach(), 1e-4)
+
+
 def test_use_holds_no_tensor_outside_the_modules():
     """`named_parameters` of an adapter is looked up, not remembered."""
     model = tower()
