@@ -77,6 +77,10 @@ def write_table(order: Sequence[str]) -> None:
         "reaches it, the others where the ratio does. A median over methods is that of their ratios. A method that stands",
         "twice was measured twice, beside others and on its own, with a bar of each.",
         "",
+        "What every method is worth in accuracy, trained numbers, bytes kept for backward and step time on a real task is in",
+        "[a study of all of them](../../docs/studies/banking77-few/table.csv), with",
+        "[its report](../../docs/studies/banking77-few/report.html).",
+        "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---|" + "---:|" * 5 + "---|",
     ]

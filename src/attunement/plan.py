@@ -24,6 +24,11 @@ APART, ONTO = (torch.addmm, torch.add), (Tensor.addmm_, Tensor.add_)
 """Sums: in a tensor of their own, or in the output that the same call has made."""
 
 
+def may_write() -> bool:
+    """Whether a sum may be made in a tensor of this call: a transform may have a level that the tensor has not."""
+    return not _compiling() and _transforms() is None
+
+
 class Plan:
     """What one module does under the active set.
 

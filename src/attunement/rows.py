@@ -18,7 +18,7 @@ from attunement.compose import Active, Rows, checked
 from attunement.course import Batch, Course
 from attunement.errors import AttunementError
 from attunement.method import split
-from attunement.plan import Acting, Plan, plan_of
+from attunement.plan import Acting, Plan, may_write, plan_of
 from attunement.site import LinearLayout, QuantisedLayout, base_of
 
 if TYPE_CHECKING:
@@ -157,7 +157,9 @@ class RowsPlan:
         )
         At, Bt = self._factors(module, x, repeat)  # (rows, in, r), (rows, r, out)
         flat = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
-        return y.view(x.shape[0], -1, y.shape[-1]).baddbmm(torch.bmm(flat, At), Bt).view(y.shape)
+        z, y = torch.bmm(flat, At), y.view(x.shape[0], -1, y.shape[-1])  # (rows, tokens, r), (rows, tokens, out)
+        own = not self.layout.beside_only and may_write()
+        return (y.baddbmm_(z, Bt) if own else y.baddbmm(z, Bt)).view(*x.shape[:-1], y.shape[-1])
 
     def _factors(self, module: Any, x: Tensor, repeat: int) -> tuple[Tensor, Tensor]:
         """The factors of every row, ranks padded with zeros; kept until a tensor of theirs changes."""
@@ -165,22 +167,27 @@ class RowsPlan:
         for owner in self._owners:
             tensors += owner._parameters.values()
             tensors += owner._buffers.values()
-        fresh = self._asks or torch.compiler.is_compiling() or any(map(Tensor.is_inference, tensors))
+        fresh = self._asks or torch.compiler.is_compiling()
         fresh |= torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        key: tuple[Any, ...] = ()
+        here: tuple[Any, ...] = ()
         if not fresh:
-            mode = torch.is_inference_mode_enabled()
-            key = (x.device, x.dtype, repeat, mode, *map(_version, tensors), *map(Tensor.data_ptr, tensors))
-            kept = self._gathered
-            if kept and kept[0] == key and all(map(operator.is_, kept[1], tensors)):
-                return kept[2], kept[3]
+            here, kept = (x.device, x.dtype, repeat, torch.is_inference_mode_enabled()), self._gathered
+            if (
+                kept
+                and kept[0] == here
+                and all(map(operator.is_, kept[1], tensors))
+                and kept[2] == [*map(_version, tensors)]
+                and kept[3] == [*map(Tensor.data_ptr, tensors)]
+            ):
+                return kept[4], kept[5]
         pairs = [self._pair(module, plan, x) for plan in self.plans]
         rank = max(A.shape[0] for A, _ in pairs)
         index = torch.tensor(self.index, device=x.device).repeat_interleave(repeat)
         At = torch.stack([F.pad(A, (0, 0, 0, rank - A.shape[0])) for A, _ in pairs])[index].mT.contiguous()
         Bt = torch.stack([F.pad(B, (0, rank - B.shape[1])) for _, B in pairs])[index].mT.contiguous()
-        if not fresh:
-            self._gathered = (key, tensors, At, Bt)
+        if not fresh and not any(map(Tensor.is_inference, tensors)):  # those count no versions
+            stamps = [*map(_version, tensors)], [*map(Tensor.data_ptr, tensors)]
+            self._gathered = (here, tensors, *stamps, At, Bt)
         return At, Bt
 
     def _pair(self, module: Any, plan: Plan | None, x: Tensor) -> tuple[Tensor, Tensor]:

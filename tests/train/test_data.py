@@ -71,6 +71,16 @@ def test_a_gap_in_one_file_does_not_change_the_labels_of_another(tmp_path: Path)
     assert splits["test"]["label"][0] in task.labels
 
 
+@pytest.mark.parametrize("row", ["hello, world,x", "hello,x,"])
+def test_a_csv_file_with_cells_that_have_no_name_is_refused(row: str, tmp_path: Path) -> None:
+    """pandas would take the first cell for the row's own name, and move all others by one."""
+    (tmp_path / "rows.csv").write_text(f"text,label\n{row}\n")
+    with pytest.raises(
+        at.AttunementError, match=r"3 cells in its first row and names 2 columns: text, label; .*quotes"
+    ):
+        Data(train=str(tmp_path / "rows.csv"), holdout=0).load(ROLES)
+
+
 def test_a_csv_file_gives_the_numbers_of_a_regression(tmp_path: Path, bert: Path) -> None:
     (tmp_path / "rows.csv").write_text("text,label\na,1\nb,-2.5\na,1e-3\n")
     rows = Data(train=str(tmp_path / "rows.csv"), holdout=0).load(Regression.roles)["train"]

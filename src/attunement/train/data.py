@@ -138,7 +138,15 @@ def _as_written(paths: Sequence[str], sep: str) -> dict[str, Any]:
     import pandas
     from datasets import Features, Value
 
-    first, *others = [list(pandas.read_csv(path, sep=sep, nrows=0).columns) for path in paths]
+    tops = [pandas.read_csv(path, sep=sep, nrows=1, dtype=str) for path in paths]
+    for path, top in zip(paths, tops, strict=True):
+        if len(top) and not isinstance(top.index, pandas.RangeIndex):  # cells without a name, taken for the row's
+            raise AttunementError(
+                f"data: {near(path)} has {top.index.nlevels + len(top.columns)} cells in its first row and names "
+                f"{len(top.columns)} columns: {', '.join(top.columns)}; expected a name for every cell, and texts that hold "
+                f"a {'tab' if sep != ',' else 'comma'} in quotes"
+            )
+    first, *others = [list(top.columns) for top in tops]
     for path, head in zip(paths[1:], others, strict=True):
         if set(head) != set(first):
             raise AttunementError(
