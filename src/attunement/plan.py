@@ -212,7 +212,7 @@ class BesidePlan(Plan):
             shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
         W = held["weight"]
         y = F.linear(x, W, held["bias"]) if self.plain else self.layout.call(module, x, W, held["bias"])
-        addmm, add = APART if _compiling() or _transforms() is not None else ONTO
+        own = not _compiling() and _transforms() is None
         for part, gain in self.terms:
             if part.direct and self.plain:
                 values = [(h._parameters if own else h._buffers)[name] for h, own, name in part.direct]
@@ -227,6 +227,7 @@ class BesidePlan(Plan):
                 if link.dtype is not z.dtype:
                     link = link.to(z.dtype)
                 z = F.linear(z, link) if link.dim() == 2 else z * link
+            addmm, add = ONTO if own and z.dtype is y.dtype else APART
             y = addmm(y, z, links[0].to(z.dtype).t()) if fused else add(y, z)
         return y if shape is None else y.view(*shape, y.shape[-1])
 

@@ -158,7 +158,7 @@ class RowsPlan:
         At, Bt = self._factors(module, x, repeat)  # (rows, in, r), (rows, r, out)
         flat = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
         z, y = torch.bmm(flat, At), y.view(x.shape[0], -1, y.shape[-1])  # (rows, tokens, r), (rows, tokens, out)
-        own = not self.layout.beside_only and may_write()
+        own = not self.layout.beside_only and may_write() and y.dtype is z.dtype is Bt.dtype  # autocast leaves Bt
         return (y.baddbmm_(z, Bt) if own else y.baddbmm(z, Bt)).view(*x.shape[:-1], y.shape[-1])
 
     def _factors(self, module: Any, x: Tensor, repeat: int) -> tuple[Tensor, Tensor]:

@@ -142,3 +142,40 @@ def test_half_of_a_model_in_another_type():
     out = logits(model, ids())
     assert out.dtype == torch.bfloat16
     assert not torch.equal(out, bare)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_rows_under_autocast(training):
+    """The factors of the rows stay in float32 beside an output in bfloat16."""
+    model, names = tower(), ["a", "b", "a"]
+    for seed, name in enumerate("ab"):
+        adapted(model, "lora", name, seed=seed)
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(training):
+        with at.using(model, at.Rows(names)):
+            together = model(ids())
+        for row, name in enumerate(names):
+            with at.using(model, name):
+                alone = model(ids())[row]
+            assert together.dtype == alone.dtype
+            assert (together[row] - alone).abs().max() < 0.1
+
+
+def test_a_chain_that_no_product_casts_under_autocast():
+    """One matrix and a vector on x: the input of the last product is in float32 yet, the layer's output in bfloat16."""
+
+    @at.register("test/columns", source="here")
+    class Columns(at.WeightMethod):
+        def tensors(self, site):
+            return {"B": torch.full((site.outputs, site.inputs), 0.1), "v": torch.ones(site.inputs)}
+
+        def factors(self, _, B, v):
+            return B, v
+
+    layer, x = nn.Sequential(nn.Linear(6, 4)), torch.randn(2, 3, 6)
+    adapter = at.adapt(layer, Columns(), on="0")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    out.float().sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert (out - layer(x)).abs().max() < 0.05
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
