@@ -19,14 +19,22 @@ from attunement.errors import AttunementError
 from attunement.part import Part
 from attunement.site import LINEAR, PLAIN, LinearLayout, QuantisedLayout, base_of, working_dtype
 
-_compiling, _transforms = torch.compiler.is_dynamo_compiling, torch._C._functorch.peek_interpreter_stack
 APART, ONTO = (torch.addmm, torch.add), (Tensor.addmm_, Tensor.add_)
 """Sums: in a tensor of their own, or in the output that the same call has made."""
+SMALL = 1 << 14
+"""Entries of an output for which, in inference, a tensor of its own costs less than asking whether it is needed."""
+_compiling, _transforms = torch.compiler.is_dynamo_compiling, torch._C._functorch.peek_interpreter_stack
+_dispatched, _called = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 
 
-def may_write() -> bool:
-    """Whether a sum may be made in a tensor of this call: a transform may have a level that the tensor has not."""
-    return not _compiling() and _transforms() is None
+def may_add_to(y: Tensor, W: Tensor) -> bool:
+    """Whether a sum may be made in y, which `F.linear` has just made with W, since nobody else can have kept it.
+
+    Others do who watch operations (selective checkpointing keeps their outputs, a counter of FLOPs knows none in place), who
+    see levels of transforms that y has not, and the linear of a W of a type of its own.
+    """
+    watched = _compiling() or _transforms() is not None or _dispatched() or _called()
+    return not watched and type(y) is Tensor and type(W) in (nn.Parameter, Tensor)
 
 
 class Plan:
@@ -212,7 +220,7 @@ class BesidePlan(Plan):
             shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
         W = held["weight"]
         y = F.linear(x, W, held["bias"]) if self.plain else self.layout.call(module, x, W, held["bias"])
-        own = not _compiling() and _transforms() is None
+        own = (shape is not None or y.numel() > SMALL) and may_add_to(y, W)
         for part, gain in self.terms:
             if part.direct and self.plain:
                 values = [(h._parameters if own else h._buffers)[name] for h, own, name in part.direct]

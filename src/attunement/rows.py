@@ -18,7 +18,7 @@ from attunement.compose import Active, Rows, checked
 from attunement.course import Batch, Course
 from attunement.errors import AttunementError
 from attunement.method import split
-from attunement.plan import Acting, Plan, may_write, plan_of
+from attunement.plan import Acting, Plan, may_add_to, plan_of
 from attunement.site import LinearLayout, QuantisedLayout, base_of
 
 if TYPE_CHECKING:
@@ -150,15 +150,14 @@ class RowsPlan:
                 raise RowsElsewhere
 
     def _run_batched(self, module: Any, x: Tensor, repeat: int) -> Tensor:
-        y = (
-            self.forward(module, x)
-            if self.layout.beside_only
-            else self.layout.call(module, x, module._parameters["weight"], module._parameters.get("bias"))
-        )
+        W: Any = module._parameters.get("weight")
+        quantised = self.layout.beside_only
+        y = self.forward(module, x) if quantised else self.layout.call(module, x, W, module._parameters.get("bias"))
+        own = not quantised and may_add_to(y, W)
         At, Bt = self._factors(module, x, repeat)  # (rows, in, r), (rows, r, out)
         flat = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
         z, y = torch.bmm(flat, At), y.view(x.shape[0], -1, y.shape[-1])  # (rows, tokens, r), (rows, tokens, out)
-        own = not self.layout.beside_only and may_write() and y.dtype is z.dtype is Bt.dtype  # autocast leaves Bt
+        own &= y.dtype is z.dtype is Bt.dtype  # autocast leaves Bt as it is
         return (y.baddbmm_(z, Bt) if own else y.baddbmm(z, Bt)).view(*x.shape[:-1], y.shape[-1])
 
     def _factors(self, module: Any, x: Tensor, repeat: int) -> tuple[Tensor, Tensor]:

@@ -179,3 +179,49 @@ def test_a_chain_that_no_product_casts_under_autocast():
     assert out.dtype == torch.bfloat16
     assert (out - layer(x)).abs().max() < 0.05
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
+
+
+class _Squeezed(torch.autograd.Function):
+    """A linear of somebody else's, which keeps its output for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, W):
+        y = torch.tanh(x @ W.mT)
+        ctx.save_for_backward(y, W)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        y, W = ctx.saved_tensors
+        return (g * (1 - y * y)) @ W, None
+
+
+class _Weight(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            return _Squeezed.apply(args[0], args[1].as_subclass(torch.Tensor).detach())
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("active", ["a", at.Rows(["a", "b", None])], ids=str)
+def test_a_weight_whose_linear_keeps_its_output(active):
+    """What the layer gave is another's as well, so the adapter's part is added beside it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4, bias=False))
+    model[0].weight = nn.Parameter(torch.randn(4, 6).as_subclass(_Weight), requires_grad=False)
+    for seed, name in enumerate("ab"):
+        perturb(at.adapt(model, at.LoRA(rank=2), on="0", name=name), seed=seed)
+    at.use(model, active)
+    x = torch.randn(3, 2, 6, dtype=torch.float32, requires_grad=True)
+    model(x).sum().backward()
+    got = x.grad.clone()
+    x.grad = None
+    changes = []
+    for name in ("a", "b") if isinstance(active, at.Rows) else ("a", "a", "a"):
+        A, B = (at.adapters(model)[name].parts[0].tensor(word) for word in "AB")
+        changes.append(B @ A)
+    changes += [torch.zeros_like(changes[0])] * (3 - len(changes))
+    W = model[0]._parameters["weight"].as_subclass(torch.Tensor).detach()
+    (torch.tanh(x @ W.mT) + x @ torch.stack(changes).mT).sum().backward()
+    torch.testing.assert_close(got, x.grad)

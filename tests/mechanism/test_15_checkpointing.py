@@ -1,12 +1,14 @@
 """Point 15: recomputation runs the plan of its forward, whatever is active when it happens."""
 
 import copy
+import functools
 import warnings
 
 import pytest
 import torch
 from hostile import RECIPES, adapted, bert, close, gpt2, gradients, ids, llama, perturb, tower
-from torch.utils.checkpoint import checkpoint
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import attunement as at
 
@@ -312,3 +314,29 @@ def test_a_copy_and_another_thread():
     thread.join()
     for name in ("copy", "thread"):
         assert all(close(value, found["here"][key], 1e-4) for key, value in found[name].items())
+
+
+@pytest.mark.parametrize("saved", ["mm", "addmm"])
+@pytest.mark.parametrize("active", ["a", at.Sum("a", "b"), at.Rows(["a", "b", None])], ids=str)
+def test_selective_checkpointing_keeps_outputs_as_they_were(active, saved):
+    """It keeps what chosen operations gave: a sum made in there would be seen in the backward pass, or refused."""
+    context = functools.partial(
+        create_selective_checkpoint_contexts, [getattr(torch.ops.aten, saved).default, torch.ops.aten.bmm.default]
+    )
+
+    def gradients_of(call):
+        model = nn.Sequential(nn.Linear(8, 8, bias=saved == "addmm"), nn.Tanh(), nn.Linear(8, 6, bias=saved == "addmm"))
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        for seed, name in enumerate("ab"):
+            perturb(at.adapt(model, at.LoRA(rank=2), on="*", name=name), seed=seed)
+        at.use(model, active)
+        x = torch.randn(3, 4, 8, requires_grad=True)
+        call(model, x).pow(2).sum().backward()
+        return [x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    plain = gradients_of(lambda model, x: model(x))
+    again = gradients_of(lambda model, x: checkpoint(model, x, use_reentrant=False, context_fn=context))
+    for one, other in zip(plain, again, strict=True):
+        torch.testing.assert_close(one, other)

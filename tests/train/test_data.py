@@ -76,7 +76,7 @@ def test_a_csv_file_with_cells_that_have_no_name_is_refused(row: str, tmp_path: 
     """pandas would take the first cell for the row's own name, and move all others by one."""
     (tmp_path / "rows.csv").write_text(f"text,label\n{row}\n")
     with pytest.raises(
-        at.AttunementError, match=r"3 cells in its first row and names 2 columns: text, label; .*quotes"
+        at.AttunementError, match=r"3 cells in its first row and names for 2 of them: text, label; .*quotes"
     ):
         Data(train=str(tmp_path / "rows.csv"), holdout=0).load(ROLES)
 

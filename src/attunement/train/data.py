@@ -142,8 +142,8 @@ def _as_written(paths: Sequence[str], sep: str) -> dict[str, Any]:
     for path, top in zip(paths, tops, strict=True):
         if len(top) and not isinstance(top.index, pandas.RangeIndex):  # cells without a name, taken for the row's
             raise AttunementError(
-                f"data: {near(path)} has {top.index.nlevels + len(top.columns)} cells in its first row and names "
-                f"{len(top.columns)} columns: {', '.join(top.columns)}; expected a name for every cell, and texts that hold "
+                f"data: {near(path)} has {top.index.nlevels + len(top.columns)} cells in its first row and names for "
+                f"{len(top.columns)} of them: {', '.join(top.columns)}; expected a name for every cell, and texts that hold "
                 f"a {'tab' if sep != ',' else 'comma'} in quotes"
             )
     first, *others = [list(top.columns) for top in tops]
